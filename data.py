@@ -1,0 +1,236 @@
+"""The data set as tensors, and batches of it on the device.
+
+    train, test = load("cifar10", "data"), load("cifar10", "data", train=False)
+    train, validation = hold_out(train, 5000)
+    for images, labels in batches(train, "cifar10", 128, device="cuda", seed=0, epoch=3):
+        ...  # float32 (N, 3, 32, 32), normalised; int64 (N,)
+
+Images stay uint8 until their batch is on the device; there the whole batch is augmented and
+normalised at once. There is no per-image Python work and there are no worker processes.
+"""
+
+import random
+from itertools import islice
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    RandomSampler,
+    SequentialSampler,
+    TensorDataset,
+)
+from torchvision.datasets.utils import check_integrity
+
+CLASSES = {
+    "cifar10": "airplane automobile bird cat deer dog frog horse ship truck".split(),
+    "shapes": "circle ring square frame triangle cross star bar crescent hourglass".split(),
+}
+
+# Mean and standard deviation of each colour channel over the training images, pixels from 0 to 1.
+NORMALISATION = {
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "shapes": ((0.5003, 0.5023, 0.5000), (0.2720, 0.2706, 0.2725)),
+}
+
+AUGMENTATIONS = ("crop", "flip")
+CROP_PADDING = 4  # pixels
+EVALUATION_BATCH = 250  # images
+
+
+def choose_device(name="auto"):
+    """The torch.device of that name; "auto" is CUDA where there is one, else the CPU.
+
+    ValueError if there is no such device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"--device {name}: not to be had here ({reason}); try --device cpu"
+        ) from error
+    return device
+
+
+def load(dataset, data_dir="data", train=True):
+    """The training or test images of a data set, as a TensorDataset.
+
+    Its tensors are images, uint8 (N, 3, 32, 32), and labels, int64 (N,). CIFAR-10 is downloaded
+    into data_dir where it is missing; OSError says what is wrong if that fails. "shapes" is drawn.
+    """
+    if dataset == "shapes":
+        return draw_shapes(10_000, seed=0) if train else draw_shapes(1_000, seed=1)
+    cifar10 = _read_cifar10(Path(data_dir), train)
+    images = torch.from_numpy(cifar10.data).permute(0, 3, 1, 2).contiguous()
+    return TensorDataset(images, torch.tensor(cifar10.targets))
+
+
+def _read_cifar10(data_dir, train):
+    """torchvision's CIFAR10, verified by its md5 sums, or an OSError with what to do."""
+    cifar10 = torchvision.datasets.CIFAR10
+    try:
+        return cifar10(data_dir, train=train)
+    except (RuntimeError, OSError):
+        damage = _cifar10_damage(data_dir / cifar10.base_folder)  # before a download changes it
+    try:
+        return cifar10(data_dir, train=train, download=True)
+    except (RuntimeError, OSError, EOFError) as error:
+        raise OSError(
+            f"no CIFAR-10 in {str(data_dir)!r}: {damage}, and a download failed ({error}); put "
+            f"{cifar10.filename} from {cifar10.url} there, or use --dataset shapes, without files"
+        ) from error
+
+
+def _cifar10_damage(folder):
+    """What is wrong with a folder that should hold the CIFAR-10 batches, in a few words."""
+    if not folder.is_dir():
+        return f"there is no folder {folder.name}"
+    cifar10 = torchvision.datasets.CIFAR10
+    for name, md5 in cifar10.train_list + cifar10.test_list:
+        try:
+            if not check_integrity(folder / name, md5):
+                state = "damaged (its md5 is wrong)" if (folder / name).exists() else "missing"
+                return f"{folder / name} is {state}"
+        except OSError as error:
+            return f"{folder / name} cannot be read ({error.strerror})"
+    return f"{folder / cifar10.meta['filename']} is missing or damaged"
+
+
+def draw_shapes(count, seed):
+    """`count` images of ten classes of shapes at random places, sizes, angles and colours.
+
+    The same for the same seed. Returns a TensorDataset like load's.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def uniform(low, high, *shape):
+        return low + (high - low) * torch.rand(count, *shape, generator=generator)
+
+    labels = torch.randint(10, (count,), generator=generator)
+    axis = torch.linspace(-1, 1, 32)
+    angle, size = uniform(-0.3, 0.3, 1, 1), uniform(0.6, 0.85, 1, 1)
+    x = (axis.view(1, 1, 32) - uniform(-0.15, 0.15, 1, 1)) / size
+    y = (axis.view(1, 32, 1) - uniform(-0.15, 0.15, 1, 1)) / size
+    u, v = x * angle.cos() + y * angle.sin(), y * angle.cos() - x * angle.sin()
+    inside = torch.empty(count, 32, 32, dtype=torch.bool)
+    for label, name in enumerate(CLASSES["shapes"]):
+        inside[labels == label] = _shape(name, u[labels == label], v[labels == label])
+
+    start, end, colour = uniform(0, 1, 3, 3, 1, 1).unbind(1)  # background from start to end
+    slope = 0.5 + 0.5 * u.unsqueeze(1).clamp(-1, 1)
+    background = start + (end - start) * slope
+    contrast = (colour - background.mean((2, 3), keepdim=True)).abs().amax(1, keepdim=True)
+    colour = torch.where(contrast < 0.3, (colour + 0.5) % 1, colour)
+    images = torch.where(inside.unsqueeze(1), colour, background)
+    images = images + 0.05 * torch.randn(images.shape, generator=generator)
+    return TensorDataset((255 * images.clamp(0, 1)).round().to(torch.uint8), labels)
+
+
+def _shape(name, u, v):
+    """Which points (u, v), (N, 32, 32) each, lie inside the shape; it fills about [-1, 1]."""
+    radius, square = torch.hypot(u, v), torch.maximum(u.abs(), v.abs())
+    match name:
+        case "circle":
+            return radius < 0.85
+        case "ring":
+            return (radius < 0.95) & (radius > 0.55)
+        case "square":
+            return square < 0.75
+        case "frame":
+            return (square < 0.85) & (square > 0.5)
+        case "triangle":
+            return (v < 0.5) & (0.866 * u - 0.5 * v < 0.5) & (-0.866 * u - 0.5 * v < 0.5)
+        case "cross":
+            return (torch.minimum(u.abs(), v.abs()) < 0.28) & (square < 0.95)
+        case "star":
+            return radius < 0.62 + 0.33 * torch.cos(5 * torch.atan2(v, u))
+        case "bar":
+            return (u.abs() < 1) & (v.abs() < 0.3)
+        case "crescent":
+            return (radius < 0.95) & (torch.hypot(u - 0.45, v) > 0.75)
+        case "hourglass":
+            return (u * v > 0) & (square < 0.85)
+
+
+def hold_out(dataset, count):
+    """Split off `count` images for validation: the last of each class, the same number of each.
+
+    Returns (the rest, the held-out), TensorDatasets. ValueError if that is not possible.
+    """
+    images, labels = dataset.tensors
+    per_class, remainder = divmod(count, 10)
+    if remainder or per_class >= labels.bincount(minlength=10).min():
+        raise ValueError(
+            f"--holdout {count}: not a multiple of the 10 classes that leaves each of them images "
+            f"to train on ({len(labels)} training images)"
+        )
+    held = torch.zeros(len(labels), dtype=torch.bool)
+    for label in range(10):
+        members = (labels == label).nonzero().flatten()
+        held[members[len(members) - per_class :]] = True
+    return (TensorDataset(images[~held], labels[~held]), TensorDataset(images[held], labels[held]))
+
+
+def stream(seed, *position):
+    """A seed for the random numbers of one place in a run, such as (epoch, step).
+
+    All randomness of a run is drawn from such seeds, so that to resume it needs no random state.
+    """
+    return random.Random(" ".join(map(str, (seed, *position)))).getrandbits(32)
+
+
+def batches(dataset, name, batch_size, device="cpu", seed=None, epoch=0, start=0, augment=()):
+    """Yield (images, labels) of a TensorDataset on the device, from batch number `start` on.
+
+    images is float32 (N, 3, 32, 32), normalised for the data set `name`; labels is int64 (N,). With
+    a seed every epoch has a shuffle of its own and `augment` (of AUGMENTATIONS) applies; without
+    one the order is the data set's. The last batch may be smaller.
+    """
+    device = torch.device(device)
+    if seed is None:
+        sampler = SequentialSampler(dataset)
+    else:
+        shuffle = torch.Generator().manual_seed(stream(seed, epoch))
+        sampler = RandomSampler(dataset, generator=shuffle)
+    indices = list(islice(BatchSampler(sampler, batch_size, drop_last=False), start, None))
+    generator = torch.Generator(device)
+    mean, std = (
+        torch.tensor(values, device=device).view(3, 1, 1) * 255 for values in NORMALISATION[name]
+    )
+    for step, batch in enumerate(DataLoader(dataset, sampler=indices, batch_size=None), start):
+        images, labels = (tensor.to(device, non_blocking=True) for tensor in batch)
+        if augment:
+            generator.manual_seed(stream(seed, epoch, step, "augment"))
+            images = augmented(images, augment, generator)
+        yield (images - mean) / std, labels
+
+
+def augmented(images, augment, generator):
+    """Whole-batch augmentation of uint8 images (N, 3, H, W), each image drawn on its own.
+
+    "crop" pads by 4 black pixels and cuts H x W out at random; "flip" mirrors half of the images.
+    """
+    count, _, height, width = images.shape
+    device = images.device
+
+    def offsets(used):
+        limit = 2 * CROP_PADDING + 1 if used else 1
+        return torch.randint(limit, (count, 1), device=device, generator=generator)
+
+    padding = CROP_PADDING if "crop" in augment else 0
+    rows = torch.arange(height, device=device) + offsets(padding)
+    columns = torch.arange(width, device=device).expand(count, -1)
+    if "flip" in augment:
+        flip = torch.rand(count, 1, device=device, generator=generator) < 0.5
+        columns = torch.where(flip, width - 1 - columns, columns)
+    columns = columns + offsets(padding)
+    images = F.pad(images, (padding,) * 4)
+    which = torch.arange(count, device=device).view(-1, 1, 1)
+    return images[which, :, rows.unsqueeze(2), columns.unsqueeze(1)].permute(0, 3, 1, 2)
