@@ -1,0 +1,186 @@
+"""The network of the report: a Backbone of Blocks, then a Classifier.
+
+    model = build_model({"arch": [64, 128, 256, 512], "k": 3})     # the report's final model
+    logits = model(images)                                         # (N, 3, 32, 32) -> (N, 10)
+
+A Block's output is a_1 o_1 + ... + a_k o_k: k convolutions o_i of the same input, weighted by k
+coefficients a = g(SpatialAveragePool(input) W) of that input. The convolutions are linear in their
+kernels, so sum_i a_i conv(x, W_i) = conv(x, sum_i a_i W_i): mixing each image's k kernels first and
+convolving once gives the same result from 1/k of the multiplications (as in CondConv, Yang et al.
+2019, and dynamic convolution, Chen et al. 2020).
+"""
+
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+IMAGE_SIZE = 32  # pixels
+GRID = 8  # the classifier pools to (AdaptiveAvgPool2d) or by (AvgPool2d) 8x8
+PRECISIONS = ("auto", "float32", "bfloat16")
+
+GATES = {
+    "softmax": nn.Softmax(dim=1),  # over the k coefficients of one image
+    "relu": nn.ReLU(),
+    "sigmoid": nn.Sigmoid(),
+    "none": nn.Identity(),
+}
+
+# What build_model takes; train.py's options have these names and, as defaults, these values.
+DEFAULTS = {
+    "arch": [64, 128, 256, 512],
+    "k": 3,
+    "gate": "softmax",
+    "block_relu": True,
+    "pool": "adaptive",
+    "fc": 3,
+    "hidden": 4096,
+    "dropout": 0.5,
+    "init": "he",
+    "mix": "auto",
+}
+
+
+class Block(nn.Module):
+    """k gated 3x3 convolutions (stride 1, padding 1) of one input, summed, then ReLU if `relu`.
+
+    (N, in_channels, H, W) -> (N, out_channels, H, W). `mix` says how the sum is formed: "outputs"
+    convolves k times and weights the outputs, as the report writes it; "kernels" weights an image's
+    kernels and convolves it once, which gives the same; "auto" is the faster one.
+    """
+
+    def __init__(self, in_channels, out_channels, k, gate="softmax", relu=True, mix="auto"):
+        super().__init__()
+        self.k, self.out_channels, self.mix = k, out_channels, mix
+        # One convolution holds all k: initialisations depend on the fan-in, which stays the same.
+        self.convs = nn.Conv2d(in_channels, k * out_channels, 3, padding=1)
+        self.gate_linear = nn.Linear(in_channels, k)
+        self.gate = GATES[gate]
+        self.activation = nn.ReLU() if relu else nn.Identity()
+
+    def coefficients(self, images):
+        """The gate's coefficients a of each image: (N, in_channels, H, W) -> (N, k)."""
+        return self.gate(self.gate_linear(images.mean(dim=(2, 3))))
+
+    def forward(self, images):
+        mix = {"outputs": self.mix_outputs, "kernels": self.mix_kernels}[self.mix_on(images.device)]
+        return self.activation(mix(images, self.coefficients(images)))
+
+    def mix_on(self, device):
+        """The form that `mix` means on this device, "outputs" or "kernels"."""
+        if self.mix != "auto":
+            return self.mix
+        return "kernels" if device.type == "cpu" and self.out_channels >= 8 else "outputs"
+
+    def mix_outputs(self, images, coefficients):
+        """sum_i a_i conv(x, W_i), the k convolutions in one call."""
+        outputs = self.convs(images).unflatten(1, (self.k, self.out_channels))
+        return torch.einsum("nk,nkchw->nchw", coefficients, outputs)
+
+    def mix_kernels(self, images, coefficients):
+        """conv(x, sum_i a_i W_i): every image is a group with its own kernels."""
+        count, channels, height, width = images.shape
+        weight = (coefficients @ self.convs.weight.view(self.k, -1)).view(-1, channels, 3, 3)
+        bias = (coefficients @ self.convs.bias.view(self.k, -1)).flatten()
+        images = images.reshape(1, count * channels, height, width)
+        outputs = F.conv2d(images, weight, bias, padding=1, groups=count)
+        return outputs.view(count, self.out_channels, height, width)
+
+    def macs(self, mix, height=IMAGE_SIZE, width=IMAGE_SIZE):
+        """Multiply-accumulates per image (forward), by either form of the sum."""
+        kernels = self.convs.weight.numel()
+        gate = self.gate_linear.weight.numel()
+        if mix == "outputs":
+            return height * width * (kernels + self.k * self.out_channels) + gate
+        return height * width * kernels // self.k + kernels + gate
+
+
+class Backbone(nn.Sequential):
+    """One Block per entry of `arch`, its output channels; they are the next block's input channels.
+
+    (N, 3, H, W) -> (N, arch[-1], H, W).
+    """
+
+    def __init__(self, arch, k, gate="softmax", block_relu=True, mix="auto"):
+        super().__init__()
+        for number, (inputs, outputs) in enumerate(zip([3, *arch], arch), start=1):
+            block = Block(inputs, outputs, k, gate=gate, relu=block_relu, mix=mix)
+            self.add_module(f"block{number}", block)
+
+
+class Classifier(nn.Sequential):
+    """Average pool, then `fc` linear layers with ReLU and dropout after each hidden one.
+
+    (N, in_channels, 32, 32) -> logits (N, 10). `pool` is "adaptive", AdaptiveAvgPool2d(8), an 8x8
+    grid; or "avg", AvgPool2d(8), a 4x4 grid.
+    """
+
+    def __init__(self, in_channels, pool="adaptive", fc=1, hidden=4096, dropout=0.0, classes=10):
+        grid = GRID if pool == "adaptive" else IMAGE_SIZE // GRID
+        sizes = [in_channels * grid * grid, *[hidden] * (fc - 1), classes]
+        layers = []
+        for inputs, outputs in pairwise(sizes[:-1]):
+            layers += [nn.Linear(inputs, outputs), nn.ReLU(), nn.Dropout(dropout)]
+        super().__init__(
+            nn.AdaptiveAvgPool2d(GRID) if pool == "adaptive" else nn.AvgPool2d(GRID),
+            nn.Flatten(),
+            *layers,
+            nn.Linear(sizes[-2], sizes[-1]),
+        )
+
+
+def build_model(options):
+    """The network of a dict of options, DEFAULTS for those it lacks; it may hold others.
+
+    Returns an nn.Sequential of `backbone` and `classifier`: (N, 3, 32, 32) -> logits (N, 10).
+    """
+    options = DEFAULTS | {name: options[name] for name in DEFAULTS.keys() & options.keys()}
+    arch = options["arch"]
+    block_options = (options[name] for name in ("k", "gate", "block_relu", "mix"))
+    classifier_options = (options[name] for name in ("pool", "fc", "hidden", "dropout"))
+    model = nn.Sequential()
+    model.add_module("backbone", Backbone(arch, *block_options))
+    model.add_module("classifier", Classifier(arch[-1], *classifier_options))
+    if options["init"] == "he":
+        model.apply(initialise_he)
+    return model
+
+
+def initialise_he(module):
+    """He initialisation of a convolution or linear layer (He et al. 2015), its bias zero."""
+    if isinstance(module, (nn.Conv2d, nn.Linear)):
+        nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+        nn.init.zeros_(module.bias)
+
+
+def precision_on(device, precision="auto"):
+    """What a precision of PRECISIONS means there: "auto" is bfloat16 on CUDA, else float32."""
+    if precision == "auto":
+        return "bfloat16" if device.type == "cuda" else "float32"
+    return precision
+
+
+def autocast(device, precision="auto"):
+    """The context of a forward pass in that precision."""
+    enabled = precision_on(device, precision) == "bfloat16"
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
+
+
+def costs(model):
+    """What each part of a network and the whole cost: (name, parameters, MACs, MACs if mixed) each.
+
+    MACs are multiply-accumulates per image (forward): of k convolutions, and of mixed kernels.
+    """
+    rows = []
+    for name, block in model.backbone.named_children():
+        rows.append((name, _parameters(block), block.macs("outputs"), block.macs("kernels")))
+    linear = [layer for layer in model.classifier if isinstance(layer, nn.Linear)]
+    macs = sum(layer.weight.numel() for layer in linear)
+    rows.append(("classifier", _parameters(model.classifier), macs, macs))
+    totals = (sum(column) for column in list(zip(*rows))[1:])
+    return [*rows, ("total", *totals)]
+
+
+def _parameters(module):
+    return sum(parameter.numel() for parameter in module.parameters())
