@@ -1,0 +1,112 @@
+"""The command line of train.py: every option with its default and its check."""
+
+import argparse
+import math
+from pathlib import Path
+
+from data import AUGMENTATIONS, CLASSES
+from history import hyperparameters
+from model import DEFAULTS, GATES, PRECISIONS
+
+
+def parse_args(description, argv=None):
+    """The options of one run as a namespace. Wrong ones end in a line on stderr and exit code 2."""
+    parser = argparse.ArgumentParser(
+        description=description.partition("\n")[0],
+        epilog=description.partition("\n")[2],
+        formatter_class=HelpFormatter,
+    )
+    positive = number(int, 1)
+
+    add = parser.add_argument_group("data").add_argument
+    add("--dataset", choices=CLASSES, default="cifar10", help="shapes is drawn, not read")
+    add("--data-dir", default="data", help="where CIFAR-10 is, or is downloaded to")
+    add("--batch-size", type=positive, default=128, help="images per optimiser step")
+    add("--holdout", type=number(int, 0), default=0, metavar="N",
+        help="validate on N held-out training images, not on the test images")  # fmt: skip
+    add("--limit", type=positive, metavar="N", help="train on the first N images only")
+    add("--augment", nargs="+", choices=AUGMENTATIONS, default=[], help="random image changes")
+
+    add = parser.add_argument_group("model").add_argument
+    add("--arch", type=positive, nargs="+", default=DEFAULTS["arch"], metavar="C",
+        help="output channels of each block")  # fmt: skip
+    add("--k", type=positive, default=DEFAULTS["k"], help="convolutions per block")
+    add("--gate", choices=GATES, default=DEFAULTS["gate"], help="activation of the coefficients")
+    add("--no-block-relu", dest="block_relu", action="store_false",
+        help="no ReLU on the outputs of blocks")  # fmt: skip
+    add("--pool", choices=("adaptive", "avg"), default=DEFAULTS["pool"],
+        help="of the classifier: AdaptiveAvgPool2d(8) or AvgPool2d(8)")  # fmt: skip
+    add("--fc", type=positive, default=DEFAULTS["fc"], help="fully connected layers")
+    add("--hidden", type=positive, default=DEFAULTS["hidden"], help="size of the hidden ones")
+    add("--dropout", type=number(float, 0, 1), default=DEFAULTS["dropout"],
+        help="probability, after each hidden layer")  # fmt: skip
+    add("--init", choices=("he", "default"), default=DEFAULTS["init"],
+        help="initialisation: He's or PyTorch's default")  # fmt: skip
+
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--optimizer", choices=("adamw", "adam", "sgd"), default="adamw", help="PyTorch's own")
+    add("--lr", type=number(float, 0, above=True), default=0.001, help="learning rate")
+    add("--weight-decay", type=number(float, 0), help="None: the optimiser's own default")
+    add("--momentum", type=number(float, 0, 1), help="of sgd; None: PyTorch's default, 0")
+    add("--schedule", choices=("cosine", "none"), default="cosine",
+        help="of the learning rate over the whole run, stepped every epoch")  # fmt: skip
+    add("--epochs", type=positive, default=15, help="passes over the training images")
+
+    add = parser.add_argument_group("run").add_argument
+    add("--name", help="of the files it writes; None: made from the options")
+    add("--out", type=Path, default=Path("runs"), help="folder for them")
+    add("--seed", type=number(int, 0), default=0, help="of everything random")
+    add("--device", default="auto", help="cpu, cuda, cuda:1, mps ...; auto: cuda if there is one")
+    add("--precision", choices=PRECISIONS, default="auto",
+        help="of the forward pass; auto: bfloat16 on cuda, else float32")  # fmt: skip
+    add("--mix", choices=("auto", "outputs", "kernels"), default=DEFAULTS["mix"],
+        help="how a block forms its sum: weighted outputs, or kernels mixed first")  # fmt: skip
+    add("--compile", action="store_true", help="torch.compile the network")
+    add("--resume", action="store_true", help="go on with NAME where it stopped, if it was begun")
+    add("--overwrite", action="store_true", help="replace NAME")
+    add("--reported", type=number(float, 0, 100), metavar="PERCENT",
+        help="a published accuracy to compare with, kept in the history")  # fmt: skip
+
+    args = parser.parse_args(argv)
+    _check(args, parser)
+    args.name = args.name or _default_name(args, parser)
+    return args
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows every default, and the examples as they are written."""
+
+
+def number(kind, low, high=math.inf, above=False):
+    """An argparse type: a finite int or float of at least low (`above`: more) and at most high."""
+
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high or value == math.inf or (above and value == low):
+            least = f"more than {low}" if above else f"at least {low}"
+            most = f" and at most {high}" if high < math.inf else ""
+            raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {least}{most}")
+        return value
+
+    parse.__name__ = kind.__name__  # what argparse calls it where kind(text) fails
+    return parse
+
+
+def _check(args, parser):
+    """What no single option can see."""
+    if args.name is not None and (args.name != Path(args.name).name or args.name in ("", "..")):
+        parser.error(f"--name {args.name!r} is to be part of file names; the folder goes to --out")
+    if args.resume and args.overwrite:
+        parser.error("--resume goes on with a run and --overwrite replaces it: give one of them")
+    if args.momentum is not None and args.optimizer != "sgd":
+        parser.error(f"--momentum {args.momentum} is for --optimizer sgd, not {args.optimizer}")
+
+
+def _default_name(args, parser):
+    """Data set, arch, k, and what else is not the default: shapes-16-32-k3-epochs-2."""
+    parts = [args.dataset, *args.arch, f"k{args.k}"]
+    for option, value in hyperparameters(vars(args)).items():
+        if option not in ("dataset", "arch", "k") and value != parser.get_default(option):
+            words = value if isinstance(value, list) else [value]
+            parts.append("-".join([option.replace("_", "-"), *map(str, words)]))
+    return "-".join(map(str, parts))
