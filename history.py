@@ -18,7 +18,7 @@ def read_history(path):
     """The history in a file, as a dict. OSError or ValueError say what is wrong with the file."""
     try:
         history = json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=_refuse)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({error})") from error
     problem = _problem(history)
     if problem:
@@ -27,7 +27,7 @@ def read_history(path):
 
 
 def _refuse(constant):
-    raise ValueError(f"the history holds {constant}, which train.py never writes")
+    raise ValueError(f"{constant} is none of its values")
 
 
 def _problem(history):

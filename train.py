@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -76,6 +77,7 @@ class Run:
         self.stop_signal = None
         if state:
             self.load_state(state)
+        self.history["environment"] = environment(self.model, self.device, args.precision)
         self.progress = Progress(self.epochs_done(), args.epochs, len(self.train_set))
 
     def path(self, suffix):
@@ -94,19 +96,19 @@ class Run:
             )
         history = read_history(history_path)
         before, now = hyperparameters(history["config"]), hyperparameters(self.config)
-        differ = [
-            f"{key} {before.get(key)} (now {now[key]})"
-            for key in now
-            if before.get(key) != now[key]
-        ]
+        differ = [key for key in now if before.get(key) != now[key]]
         if differ:
+            differences = ", ".join(f"{key} {before.get(key)} (now {now[key]})" for key in differ)
             raise ValueError(
-                f"{history_path} was made with other options, {', '.join(differ)}: give those, "
+                f"{history_path} was made with other options, {differences}: give those, "
                 "another --name or --out, or --overwrite"
             )
         if history["finished"]:
             raise Stopped(f"{history_path} is finished: nothing to do", code=0)
-        return load_checkpoint(state_path) if state_path.exists() else None
+        if not state_path.exists():
+            print("interrupted before anything was saved: beginning again", file=sys.stderr)
+            return None
+        return load_checkpoint(state_path)
 
     def load_data(self):
         """(training, validation) images, on the device."""
@@ -155,7 +157,6 @@ class Run:
             "command": shlex.join(["python", *sys.argv]),
             "config": self.config,
             "reported": self.args.reported,
-            "environment": environment(self.model, self.device, self.args.precision),
             "parameters": parameters,
             "macs": macs,
             "epochs": [],
@@ -247,9 +248,8 @@ class Run:
     def after_batch(self):
         """Between two batches, of training or validation: what has to be done from time to time."""
         now = time.monotonic()
-        if (
-            self.device.type == "cpu" or now - self.checked > 1
-        ):  # reading a loss waits for the device
+        # Reading a loss waits for the device, so on others than the CPU that is done seldom.
+        if self.device.type == "cpu" or now - self.checked > 1:
             self.check(self.losses[: self.step])
             self.progress.show(self.epochs_done(), self.step, self.steps)
             self.checked = now
@@ -276,10 +276,8 @@ class Run:
 
     def resume_command(self):
         """The command that continues this run."""
-        arguments = [
-            argument for argument in sys.argv if argument not in ("--resume", "--overwrite")
-        ]
-        return shlex.join(["python", *arguments, "--resume"])
+        options = [word for word in sys.argv if word not in ("--resume", "--overwrite")]
+        return shlex.join(["python", *options, "--resume"])
 
     def save(self, suffix, more):
         """Save the weights, and what a checkpoint holds `more` than them."""
@@ -309,6 +307,8 @@ class Run:
         self.model.load_state_dict(state["weights"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
+        # A run stopped while it validated steps its scheduler before this process has trained.
+        warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
         self.history = json.loads(state["history"])
         self.step = state["step"]
         self.losses[: self.step] = state["losses"]
@@ -332,8 +332,8 @@ def environment(model, device, precision):
     }
 
 
-def main():
-    args = parse_args(__doc__)
+def main(argv=None):
+    args = parse_args(__doc__, argv)
     try:
         try:
             run = Run(args)
@@ -345,6 +345,8 @@ def main():
         sys.exit(stopped.code)
     except OSError as error:
         sys.exit(f"train.py: error: {error}")
+    except KeyboardInterrupt:  # before the first batch
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,157 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from options import parse_args
+
+ROOT = Path(__file__).parent.parent
+ROWS = "row1 row2 row3 row4 row5 row6 final sgd adam gate-relu".split()
+
+# A stand-in for python: notes its arguments, and leaves what the real scripts would.
+STUB = """#!{python}
+import json, os, pathlib, sys
+with open(os.environ["CALLS"], "a") as calls:
+    calls.write(json.dumps(sys.argv[1:]) + "\\n")
+script, *options = sys.argv[1:]
+if script == "train.py":
+    name = options[options.index("--name") + 1]
+    if name in os.environ.get("FAIL", "").split():
+        sys.exit(1)
+    out = pathlib.Path(options[options.index("--out") + 1])
+    if not (out / f"{{name}}.json").exists():
+        (out / f"{{name}}.json").write_text("{{}}")
+if script == "evaluate.py":
+    pathlib.Path(options[0]).with_suffix(".json").write_text('{{\\n "test": {{}}\\n}}')
+"""
+
+
+@pytest.fixture
+def replay(tmp_path):
+    """replay(argument, ...): run ablations.sh with a stand-in for python; (result, its calls)."""
+    stub = tmp_path / "bin" / "python"
+    stub.parent.mkdir()
+    stub.write_text(STUB.format(python=sys.executable))
+    stub.chmod(0o755)
+    calls = tmp_path / "calls"
+
+    def run(*arguments, out=tmp_path, **environment):
+        calls.write_text("")
+        path = f"{stub.parent}:{os.environ['PATH']}"
+        environment |= {"PATH": path, "CALLS": str(calls)}
+        separator = [] if "--" in arguments else ["--"]
+        result = subprocess.run(
+            ["bash", str(ROOT / "ablations.sh"), *arguments, *separator, "--out", str(out)],
+            capture_output=True,
+            text=True,
+            env=os.environ | environment,
+        )
+        return result, [json.loads(line) for line in calls.read_text().splitlines()]
+
+    return run
+
+
+def trained(calls):
+    """The options of each training run, parsed by train.py's own parser, by name."""
+    runs = (parse_args("", call[1:]) for call in calls if call[0] == "train.py")
+    return {args.name: args for args in runs}
+
+
+FINAL = {
+    "dataset": "cifar10", "batch_size": 128, "arch": [64, 128, 256, 512], "k": 3, "gate": "softmax",
+    "block_relu": True, "pool": "adaptive", "fc": 3, "hidden": 4096, "dropout": 0.5, "init": "he",
+    "optimizer": "adamw", "lr": 0.001, "weight_decay": None, "schedule": "cosine", "epochs": 15,
+    "holdout": 0, "augment": [], "seed": 0,
+}  # fmt: skip
+EARLY = {"init": "default", "schedule": "none", "epochs": 30}
+REPORT = {
+    "row1": EARLY | {"arch": [64, 128, 256], "k": 2, "block_relu": False, "fc": 1, "pool": "avg",
+                     "reported": 52.0},
+    "row2": EARLY | {"arch": [64, 128, 256], "k": 2, "fc": 1, "reported": 72.0},
+    "row3": EARLY | {"reported": 82.01},
+    "row4": EARLY | {"arch": [16, 8, 4], "fc": 1, "reported": 61.0},
+    "row5": EARLY | {"dropout": 0.0, "epochs": 15, "reported": 79.34},
+    "row6": {"reported": 82.97},
+    "final": {"reported": 82.84},
+    "sgd": {"optimizer": "sgd", "reported": 10.0},
+    "adam": {"optimizer": "adam", "reported": None},
+    "gate-relu": {"gate": "relu", "reported": None},
+}  # fmt: skip
+
+
+def test_every_row_has_the_reports_options(replay):
+    result, calls = replay()
+    assert result.returncode == 0, result.stderr
+    runs = trained(calls)
+    assert list(runs) == ROWS == list(REPORT)
+    for name, args in runs.items():
+        expected = FINAL | REPORT[name]
+        assert {key: getattr(args, key) for key in expected} == expected, name
+
+
+def test_each_row_is_trained_then_evaluated_and_all_are_plotted_last(replay, tmp_path):
+    _, calls = replay()
+    assert [call[0] for call in calls] == ["train.py", "evaluate.py"] * 10 + ["plot.py"]
+    assert calls[1] == ["evaluate.py", str(tmp_path / "row1.pt")]
+    assert calls[-1][1:] == [str(tmp_path / f"{name}.json") for name in ROWS]
+
+
+def test_named_rows_run_alone_with_the_options_after_the_dashes(replay, tmp_path):
+    _, calls = replay("row4", "row6", "--", "--device", "cpu")
+    runs = trained(calls)
+    assert list(runs) == ["row4", "row6"]
+    assert all(args.device == "cpu" and args.out == tmp_path for args in runs.values())
+
+
+def test_a_row_that_was_evaluated_is_not_evaluated_again(replay):
+    replay("row4")
+    _, calls = replay("row4")
+    assert [call[0] for call in calls] == ["train.py", "plot.py"]
+    assert trained(calls)["row4"].resume
+
+
+def test_another_seed_is_another_run_beside_the_first(replay, tmp_path):
+    replay("row4")
+    _, calls = replay("row4", "--", "--seed", "1")
+    assert list(trained(calls)) == ["row4-seed1"]
+    assert calls[-1][1:] == [str(tmp_path / f"{name}.json") for name in ("row4", "row4-seed1")]
+
+
+def test_a_failing_row_does_not_stop_the_others_and_is_named(replay):
+    result, calls = replay("row1", "row2", "row4", FAIL="row1 row4")
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1] == "ablations.sh: error: failed: row1 row4"
+    assert ["evaluate.py", "plot.py"] == [call[0] for call in calls if call[0] != "train.py"]
+
+
+def test_an_unknown_row_is_refused_before_anything_runs(replay):
+    result, calls = replay("row4", "row7")
+    assert result.returncode == 2
+    assert "there is no row 'row7'" in result.stderr
+    assert calls == []
+
+
+def test_another_launcher_trains(replay, tmp_path):
+    launcher = tmp_path / "bin" / "launcher"
+    launcher.write_text('#!/bin/sh\necho launched "$1" >&2\nshift\nexec python "$@"\n')
+    launcher.chmod(0o755)
+    result, _ = replay("row4", LAUNCH="launcher --all")
+    assert result.returncode == 0
+    assert "launched --all" in result.stderr
+
+
+def test_a_row_goes_from_training_to_the_table_for_real(tmp_path):
+    options = "--dataset shapes --limit 256 --epochs 1".split()
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    result = subprocess.run(
+        ["bash", "ablations.sh", "row4", "--", *options, "--out", str(tmp_path)],
+        cwd=ROOT, capture_output=True, text=True, env=os.environ | {"PATH": path},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    history = json.loads((tmp_path / "row4.json").read_text())
+    assert f"Final Model Test Accuracy: {history['test']['accuracy']:.2f}%" in result.stdout
+    assert "| row4 | " in result.stdout
+    assert (tmp_path / "row4.png").exists()

@@ -1,0 +1,235 @@
+"""Wrong invocations: one clear line on stderr, the right exit code, and nothing lost."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import CIFAR10, TINY, needs_cifar10
+
+import evaluate
+import plot
+import train
+
+USAGE = [
+    (["--dataset", "cifar100"], "cifar100"),
+    (["--arch"], "--arch"),
+    (["--arch", "16", "-8"], "-8 is out of range"),
+    (["--arch", "16", "0"], "0 is out of range"),
+    (["--arch", "16,8"], "invalid int value: '16,8'"),
+    (["--k", "0"], "0 is out of range: it must be at least 1"),
+    (["--k", "2.5"], "invalid int value: '2.5'"),
+    (["--gate", "tanh"], "tanh"),
+    (["--pool", "max"], "max"),
+    (["--fc", "0"], "--fc"),
+    (["--hidden", "-4096"], "--hidden"),
+    (["--dropout", "1.5"], "1.5 is out of range: it must be at least 0 and at most 1"),
+    (["--init", "xavier"], "xavier"),
+    (["--optimizer", "lion"], "lion"),
+    (["--lr", "0"], "0 is out of range: it must be more than 0"),
+    (["--lr", "nan"], "nan is out of range"),
+    (["--lr", "inf"], "inf is out of range"),
+    (["--weight-decay", "-1"], "--weight-decay"),
+    (["--momentum", "0.9"], "--momentum 0.9 is for --optimizer sgd, not adamw"),
+    (["--schedule", "linear"], "linear"),
+    (["--epochs", "0"], "--epochs"),
+    (["--batch-size", "0"], "--batch-size"),
+    (["--limit", "0"], "--limit"),
+    (["--augment", "rotate"], "rotate"),
+    (["--seed", "-1"], "--seed"),
+    (["--reported", "101"], "--reported"),
+    (["--precision", "float16"], "float16"),
+    (["--mix", "both"], "both"),
+    (["--name", "a/b"], "--name 'a/b'"),
+    (["--name", ".."], "--name '..'"),
+    (["--resume", "--overwrite"], "give one of them"),
+    (["--depth", "3"], "--depth"),
+]
+
+FAILURES = [
+    (["--device", "cuda:99"], "--device cuda:99: not to be had here"),
+    (["--device", "abacus"], "--device abacus: not to be had here"),
+    (["--holdout", "15"], "--holdout 15: not a multiple of the 10 classes"),
+    (["--holdout", "10000"], "--holdout 10000"),
+    (["--limit", "10001"], "--limit 10001: there are 10000 training images"),
+    (["--dataset", "cifar10", "--data-dir", "MISSING"], "there is no folder cifar-10-batches-py"),
+    (["--dataset", "cifar10", "--data-dir", "EMPTY"], "--dataset shapes"),
+    (["--dataset", "cifar10", "--data-dir", "BATCH"], "data_batch_1 is damaged"),
+    (["--dataset", "cifar10", "--data-dir", "FILE"], "no CIFAR-10 in"),
+    (["--out", "FILE"], "FILE"),
+    (["--arch", "4000000000", "4000000000"], "no model with --arch"),
+]
+
+
+def identify(value):
+    """Options as a test's name; their message is not part of it."""
+    return " ".join(value) if isinstance(value, list) else ""
+
+
+@pytest.fixture
+def places(tmp_path, monkeypatch):
+    """Folders and a file to name by mistake; the current folder is theirs."""
+    (tmp_path / "EMPTY").mkdir()
+    (tmp_path / "BATCH" / "cifar-10-batches-py").mkdir(parents=True)
+    (tmp_path / "BATCH" / "cifar-10-batches-py" / "data_batch_1").write_bytes(b"cut off")
+    (tmp_path / "FILE").write_text("a file")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def files(folder):
+    """The content of every file below a folder."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def refused(main, arguments, capsys):
+    """Run a script that should fail; (its exit code, its one line on stderr)."""
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    code, err = stopped.value.code, capsys.readouterr().err
+    if isinstance(code, str):  # what Python prints itself as it exits with 1
+        code, err = 1, err + code + "\n"
+    lines = [line for line in err.splitlines() if not line.startswith((" ", "usage:"))]
+    assert len(lines) == 1, err
+    return code, lines[0]
+
+
+@pytest.mark.parametrize("options, message", USAGE, ids=identify)
+def test_wrong_options_are_usage_errors(options, message, places, capsys):
+    before = files(places)
+    code, line = refused(train.main, [*TINY, *options], capsys)
+    assert code == 2
+    assert message in line
+    assert files(places) == before
+
+
+@pytest.mark.parametrize("options, message", FAILURES, ids=identify)
+def test_what_cannot_be_done_is_a_failure(options, message, places, capsys):
+    before = files(places)
+    code, line = refused(train.main, [*TINY, *options], capsys)
+    assert code == 1
+    assert line.startswith("train.py: error: ")
+    assert message in line
+    assert files(places) == before
+
+
+@needs_cifar10
+def test_a_truncated_cifar10_batch_is_named(places, capsys):
+    shutil.copytree(CIFAR10 / "cifar-10-batches-py", places / "cut" / "cifar-10-batches-py")
+    batch = places / "cut" / "cifar-10-batches-py" / "data_batch_3"
+    batch.write_bytes(batch.read_bytes()[:-1])
+    options = ["--dataset", "cifar10", "--data-dir", "cut"]
+    code, line = refused(train.main, [*TINY, *options], capsys)
+    assert code == 1
+    assert "data_batch_3 is damaged" in line
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ([], "go on with it by --resume, replace it by --overwrite"),
+        (["--resume", "--k", "3"], "made with other options, k 2 (now 3)"),
+        (["--resume", "--dataset", "cifar10"], "dataset shapes (now cifar10)"),
+    ],
+)
+def test_a_run_never_destroys_another(run, tmp_path, capsys, options, message):
+    run()
+    before = files(tmp_path)
+    capsys.readouterr()
+    code, line = refused(lambda arguments: run(*arguments), options, capsys)
+    assert code == 1
+    assert message in line
+    assert files(tmp_path) == before
+
+
+def text(path):
+    path.write_text("not a checkpoint")
+
+
+def picture(path):
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(100))
+
+
+def other_program(path):
+    torch.save({"state_dict": {"weight": torch.zeros(3)}}, path)
+
+
+def truncated(path):
+    other_program(path)
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def other_arch(path):
+    config = {"arch": [4, 8], "hidden": 8, "dataset": "shapes", "data_dir": "data"}
+    checkpoint = {"format": evaluate.CHECKPOINT_FORMAT, "config": config}
+    torch.save(checkpoint | {"weights": {"weight": torch.zeros(3)}}, path)
+
+
+def nothing(path):
+    path.unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (text, "is not a checkpoint"),
+        (picture, "is not a checkpoint"),
+        (other_program, "not a checkpoint that train.py wrote"),
+        (truncated, "only the beginning of one"),
+        (other_arch, "its weights do not fit its options"),
+        (nothing, "No such file"),
+    ],
+)
+def test_a_wrong_checkpoint_is_refused(make, message, places, capsys):
+    make(places / "run.pt")
+    code, line = refused(evaluate.main, ["run.pt"], capsys)
+    assert code == 1
+    assert line.startswith("evaluate.py: error: run.pt") or "run.pt" in line
+    assert message in line
+
+
+def test_evaluate_keeps_a_history_that_is_not_ours(run, tmp_path, capsys):
+    run()
+    (tmp_path / "run.json").write_text('{"name": "something else"}')
+    code, line = refused(evaluate.main, [str(tmp_path / "run.pt")], capsys)
+    assert code == 1
+    assert "is not a history that train.py wrote" in line
+    assert json.loads((tmp_path / "run.json").read_text()) == {"name": "something else"}
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"not JSON", "is not JSON"),
+        (b"\xff\xfe\x00", "is not JSON"),
+        (b"[1, 2]", "it is not an object"),
+        (b"{}", "'name' is missing"),
+        (b'{"name": NaN}', "NaN"),
+        (b'{"name": "x", "config": {}, "epochs": [{}], "batch_losses": [], "finished": true}',
+         "epoch 1 has no number 'lr'"),
+        (b'{"name": "x", "config": {}, "epochs": [], "batch_losses": ["a"], "finished": true}',
+         "'batch_losses' holds something that is not a number"),
+    ],
+)  # fmt: skip
+def test_a_wrong_history_is_refused(content, message, places, capsys):
+    (places / "run.json").write_bytes(content)
+    code, line = refused(plot.main, ["run.json"], capsys)
+    assert code == 1
+    assert line.startswith("plot.py: error: run.json")
+    assert message in line
+
+
+@pytest.mark.parametrize("main", [evaluate.main, plot.main])
+def test_no_arguments_are_a_usage_error(main, capsys):
+    code, _ = refused(main, [], capsys)
+    assert code == 2
+
+
+def test_plot_names_a_folder_it_cannot_write_to(run, tmp_path, capsys):
+    run()
+    (tmp_path / "FILE").write_text("a file")
+    capsys.readouterr()
+    arguments = [str(tmp_path / "run.json"), "--out", str(tmp_path / "FILE")]
+    code, line = refused(plot.main, arguments, capsys)
+    assert code == 1
+    assert "FILE" in line

@@ -1,0 +1,141 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import CIFAR10, needs_cifar10
+from torch.utils.data import TensorDataset
+
+import data
+
+
+def numbered(count):
+    """Images whose every pixel is the image's number, labelled by it modulo 10."""
+    numbers = torch.arange(count, dtype=torch.uint8)
+    return TensorDataset(
+        numbers.view(-1, 1, 1, 1).expand(-1, 3, 32, 32).clone(), numbers.long() % 10
+    )
+
+
+def order(dataset, **options):
+    """The numbers of `numbered` images as batches yields them, batch by batch."""
+    mean, std = (torch.tensor(values) for values in data.NORMALISATION["cifar10"])
+    return [
+        ((images[:, 0, 0, 0] * std[0] + mean[0]) * 255).round().int().tolist()
+        for images, _ in data.batches(dataset, "cifar10", 16, **options)
+    ]
+
+
+def channel_statistics(dataset):
+    pixels = dataset.tensors[0].transpose(0, 1).flatten(1)
+    return [
+        [(f(channel.float()) / 255).item() for channel in pixels] for f in (torch.mean, torch.std)
+    ]
+
+
+@needs_cifar10
+def test_cifar10_is_split_by_its_train_flag():
+    train, test = data.load("cifar10", CIFAR10), data.load("cifar10", CIFAR10, train=False)
+    assert train.tensors[0].shape == (50_000, 3, 32, 32)
+    assert test.tensors[0].shape == (10_000, 3, 32, 32)
+    assert train.tensors[0].dtype == torch.uint8
+    assert train.tensors[1].bincount().tolist() == [5_000] * 10
+
+
+@needs_cifar10
+def test_the_normalisation_of_cifar10_is_that_of_its_training_images():
+    statistics = channel_statistics(data.load("cifar10", CIFAR10))
+    torch.testing.assert_close(statistics, [list(v) for v in data.NORMALISATION["cifar10"]],
+                               atol=1e-4, rtol=0)  # fmt: skip
+
+
+def test_the_normalisation_of_shapes_is_that_of_its_training_images():
+    statistics = channel_statistics(data.load("shapes"))
+    torch.testing.assert_close(statistics, [list(v) for v in data.NORMALISATION["shapes"]],
+                               atol=1e-4, rtol=0)  # fmt: skip
+
+
+def test_shapes_are_the_same_every_time_and_the_test_images_are_others():
+    train, test = data.load("shapes"), data.load("shapes", train=False)
+    assert torch.equal(train.tensors[0][:100], data.draw_shapes.__wrapped__(10_000, 0)[:100][0])
+    assert not torch.equal(train.tensors[0][:100], test.tensors[0][:100])
+    assert train.tensors[1].bincount(minlength=10).min() > 900
+
+
+def test_a_linear_classifier_learns_little_of_shapes():
+    torch.manual_seed(0)
+    train, test = data.load("shapes"), data.load("shapes", train=False)
+    linear = torch.nn.Linear(3 * 32 * 32, 10)
+    optimizer = torch.optim.AdamW(linear.parameters(), lr=1e-3)
+    for epoch in range(5):
+        for images, labels in data.batches(train, "shapes", 128, seed=0, epoch=epoch):
+            optimizer.zero_grad()
+            F.cross_entropy(linear(images.flatten(1)), labels).backward()
+            optimizer.step()
+    ((images, labels),) = data.batches(test, "shapes", 1_000)
+    accuracy = (linear(images.flatten(1)).argmax(1) == labels).float().mean()
+    assert 0.05 < accuracy < 0.3
+
+
+def test_hold_out_takes_the_same_number_of_every_class_and_leaves_the_rest():
+    train, held = data.hold_out(numbered(200), 50)
+    assert held.tensors[1].bincount().tolist() == [5] * 10
+    numbers = torch.cat([train.tensors[0], held.tensors[0]])[:, 0, 0, 0]
+    assert sorted(numbers.tolist()) == list(range(200))
+    assert torch.equal(held.tensors[0], data.hold_out(numbered(200), 50)[1].tensors[0])
+
+
+@pytest.mark.parametrize("count", [5, 200, 1000])
+def test_hold_out_refuses_what_classes_cannot_share(count):
+    with pytest.raises(ValueError, match=f"--holdout {count}"):
+        data.hold_out(numbered(200), count)
+
+
+def test_batches_are_normalised_and_in_order_without_a_seed():
+    dataset = numbered(40)
+    batches = list(data.batches(dataset, "cifar10", 16))
+    assert [len(labels) for _, labels in batches] == [16, 16, 8]
+    images = torch.cat([images for images, _ in batches])
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in data.NORMALISATION["cifar10"])
+    torch.testing.assert_close(
+        images, (dataset.tensors[0] / 255 - mean) / std, atol=1e-5, rtol=1e-5
+    )
+    assert torch.equal(torch.cat([labels for _, labels in batches]), dataset.tensors[1])
+
+
+def test_every_epoch_shuffles_all_images_afresh_from_the_seed():
+    first, again = order(numbered(40), seed=1), order(numbered(40), seed=1)
+    assert first == again
+    assert sorted(sum(first, [])) == list(range(40))
+    assert first != order(numbered(40), seed=1, epoch=1)
+    assert first != order(numbered(40), seed=2)
+
+
+def test_batches_from_a_start_are_the_later_ones_of_the_epoch():
+    options = {"seed": 3, "epoch": 5, "augment": ("crop", "flip")}
+    dataset = TensorDataset(*data.draw_shapes(40, seed=0)[:])
+    every = list(data.batches(dataset, "shapes", 16, **options))
+    later = list(data.batches(dataset, "shapes", 16, start=1, **options))
+    assert len(later) == 2
+    for (images, labels), (expected, expected_labels) in zip(later, every[1:]):
+        assert torch.equal(images, expected)
+        assert torch.equal(labels, expected_labels)
+
+
+def test_a_crop_cuts_each_image_out_of_its_padded_self():
+    images = torch.randint(1, 256, (300, 3, 32, 32), dtype=torch.uint8)
+    cropped = data.augmented(images, ("crop",), torch.Generator().manual_seed(0))
+    padded = F.pad(images, (4, 4, 4, 4))
+    places = set()
+    for image, result in zip(padded, cropped):
+        windows = image.unfold(1, 32, 1).unfold(2, 32, 1)  # (3, 9, 9, 32, 32)
+        found = (windows == result.view(3, 1, 1, 32, 32)).flatten(3).all(3).all(0).nonzero()
+        assert len(found) == 1
+        places.add(tuple(found[0].tolist()))
+    assert len(places) > 60  # of 81
+
+
+def test_a_flip_mirrors_half_of_the_images():
+    images = torch.randint(256, (300, 3, 32, 32), dtype=torch.uint8)
+    flipped = data.augmented(images, ("flip",), torch.Generator().manual_seed(0))
+    mirrored = (flipped == images.flip(3)).flatten(1).all(1)
+    assert torch.equal(flipped[~mirrored], images[~mirrored])
+    assert 110 < mirrored.sum() < 190

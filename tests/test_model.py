@@ -1,0 +1,114 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from model import GATES, Block, build_model, costs
+
+
+def textbook(block, images):
+    """A block as the report writes it: k convolutions, their outputs weighted, then ReLU."""
+    pooled = F.adaptive_avg_pool2d(images, 8).mean((2, 3))
+    coefficients = block.gate(F.linear(pooled, block.gate_linear.weight, block.gate_linear.bias))
+    kernels = block.convs.weight.chunk(block.k), block.convs.bias.chunk(block.k)
+    outputs = [F.conv2d(images, weight, bias, padding=1) for weight, bias in zip(*kernels)]
+    total = sum(a.view(-1, 1, 1, 1) * output for a, output in zip(coefficients.T, outputs))
+    return block.activation(total)
+
+
+def double_images(count, channels, size=16):
+    return torch.randn(count, channels, size, size, dtype=torch.double, requires_grad=True)
+
+
+@pytest.mark.parametrize("mix", ["outputs", "kernels"])
+@pytest.mark.parametrize("relu", [True, False])
+@pytest.mark.parametrize("gate", GATES)
+def test_a_block_is_the_reports_formula(gate, relu, mix):
+    block = Block(5, 7, k=3, gate=gate, relu=relu, mix=mix).double()
+    images = double_images(4, 5)
+    torch.testing.assert_close(block(images), textbook(block, images), atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("count, inputs, outputs, k", [(4, 3, 8, 3), (1, 8, 4, 2), (5, 6, 6, 1)])
+def test_both_forms_of_the_sum_have_the_same_output_and_gradients(count, inputs, outputs, k):
+    block = Block(inputs, outputs, k).double()
+    images = double_images(count, inputs)
+    results = {}
+    for mix in ("outputs", "kernels"):
+        block.mix = mix
+        output = block(images)
+        weights = torch.linspace(-1, 1, output.numel(), dtype=torch.double).view_as(output)
+        gradients = torch.autograd.grad((output * weights).sum(), [images, *block.parameters()])
+        results[mix] = [output, *gradients]
+    torch.testing.assert_close(results["outputs"], results["kernels"], atol=1e-10, rtol=0)
+
+
+def test_softmax_coefficients_of_each_image_sum_to_one():
+    coefficients = Block(3, 4, k=5).coefficients(torch.randn(6, 3, 32, 32))
+    assert coefficients.shape == (6, 5)
+    torch.testing.assert_close(coefficients.sum(1), torch.ones(6))
+
+
+def test_the_backbone_has_a_block_per_entry_and_keeps_the_image_size():
+    backbone = build_model({"arch": [4, 6, 5], "hidden": 8}).backbone
+    assert [name for name, _ in backbone.named_children()] == ["block1", "block2", "block3"]
+    assert [block.convs.in_channels for block in backbone] == [3, 4, 6]
+    assert backbone(torch.randn(2, 3, 32, 32)).shape == (2, 5, 32, 32)
+
+
+@pytest.mark.parametrize("pool, grid", [("adaptive", 8), ("avg", 4)])
+def test_the_classifier_pools_to_a_grid(pool, grid):
+    classifier = build_model({"arch": [4, 6], "pool": pool, "fc": 1}).classifier
+    assert classifier[-1].in_features == 6 * grid * grid
+
+
+def test_fully_connected_layers_have_relu_and_dropout_between_them():
+    classifier = build_model({"arch": [4], "fc": 3, "hidden": 20, "dropout": 0.3}).classifier
+    names = [type(layer).__name__ for layer in classifier]
+    hidden = ["Linear", "ReLU", "Dropout"]
+    assert names == ["AdaptiveAvgPool2d", "Flatten", *hidden, *hidden, "Linear"]
+    sizes = [(layer.in_features, layer.out_features) for layer in list(classifier)[2::3]]
+    assert sizes == [(256, 20), (20, 20), (20, 10)]
+    assert classifier[4].p == 0.3
+
+
+def test_the_blocks_can_go_without_relu():
+    model = build_model({"arch": [4, 6], "block_relu": False, "fc": 1})
+    assert model.backbone(torch.randn(2, 3, 32, 32)).min() < 0
+
+
+@pytest.mark.parametrize("init", ["he", "default"])
+def test_initialisation_is_that_of_k_separate_convolutions(init):
+    torch.manual_seed(0)
+    convs = build_model({"arch": [32, 64], "k": 3, "init": init, "hidden": 8}).backbone.block2.convs
+    fan_in = 32 * 3 * 3
+    for weight, bias in zip(convs.weight.chunk(3), convs.bias.chunk(3)):
+        if init == "he":
+            assert weight.std().item() == pytest.approx(math.sqrt(2 / fan_in), rel=0.02)
+            assert bias.abs().max() == 0
+        else:  # uniform between -1 / sqrt(fan_in) and 1 / sqrt(fan_in)
+            assert weight.abs().max().item() == pytest.approx(1 / math.sqrt(fan_in), rel=0.01)
+            assert weight.std().item() == pytest.approx(1 / math.sqrt(3 * fan_in), rel=0.02)
+            assert 0 < bias.abs().max() <= 1 / math.sqrt(fan_in)
+
+
+def test_the_defaults_are_the_reports_final_model():
+    with torch.device("meta"):
+        model = build_model({})
+    assert [block.convs.out_channels for block in model.backbone] == [192, 384, 768, 1536]
+    layers = [layer for layer in model.classifier if isinstance(layer, torch.nn.Linear)]
+    assert [layer.in_features for layer in layers] == [512 * 8 * 8, 4096, 4096]
+
+
+def test_costs_count_parameters_and_multiply_accumulates():
+    rows = costs(build_model({"arch": [4, 6], "k": 2, "fc": 1}))
+    assert [row[0] for row in rows] == ["block1", "block2", "classifier", "total"]
+    block2_kernels, gate = 2 * 4 * 6 * 9, 4 * 2
+    assert rows[1][1:] == (
+        block2_kernels + 2 * 6 + gate + 2,
+        32 * 32 * (block2_kernels + 2 * 6) + gate,
+        32 * 32 * block2_kernels // 2 + block2_kernels + gate,
+    )
+    assert rows[2][1:] == (6 * 64 * 10 + 10, 6 * 64 * 10, 6 * 64 * 10)
+    assert rows[3][1:] == tuple(map(sum, list(zip(*rows[:3]))[1:]))
