@@ -9,6 +9,7 @@ Images stay uint8 until their batch is on the device; there the whole batch is a
 normalised at once. There is no per-image Python work and there are no worker processes.
 """
 
+import platform
 import random
 from itertools import islice
 from pathlib import Path
@@ -18,7 +19,6 @@ import torch.nn.functional as F
 import torchvision
 from torch.utils.data import (
     BatchSampler,
-    DataLoader,
     RandomSampler,
     SequentialSampler,
     TensorDataset,
@@ -57,6 +57,13 @@ def choose_device(name="auto"):
             f"--device {name}: not to be had here ({reason}); try --device cpu"
         ) from error
     return device
+
+
+def describe(device):
+    """What a device is, for people: "cuda (NVIDIA H200)" or "cpu (x86_64, 2 threads)"."""
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return f"{device} ({platform.machine()}, {torch.get_num_threads()} threads)"
 
 
 def load(dataset, data_dir="data", train=True):
@@ -194,22 +201,23 @@ def batches(dataset, name, batch_size, device="cpu", seed=None, epoch=0, start=0
     one the order is the data set's. The last batch may be smaller.
     """
     device = torch.device(device)
+    images, labels = (tensor.to(device) for tensor in dataset.tensors)
     if seed is None:
         sampler = SequentialSampler(dataset)
     else:
         shuffle = torch.Generator().manual_seed(stream(seed, epoch))
         sampler = RandomSampler(dataset, generator=shuffle)
-    indices = list(islice(BatchSampler(sampler, batch_size, drop_last=False), start, None))
+    mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in NORMALISATION[name])
+    scale, shift = 1 / (255 * std), -mean / std
     generator = torch.Generator(device)
-    mean, std = (
-        torch.tensor(values, device=device).view(3, 1, 1) * 255 for values in NORMALISATION[name]
-    )
-    for step, batch in enumerate(DataLoader(dataset, sampler=indices, batch_size=None), start):
-        images, labels = (tensor.to(device, non_blocking=True) for tensor in batch)
+    steps = enumerate(BatchSampler(sampler, batch_size, drop_last=False))
+    for step, indices in islice(steps, start, None):
+        indices = torch.tensor(indices, device=device)
+        batch = images.index_select(0, indices)  # 20 times faster than images[indices]
         if augment:
             generator.manual_seed(stream(seed, epoch, step, "augment"))
-            images = augmented(images, augment, generator)
-        yield (images - mean) / std, labels
+            batch = augmented(batch, augment, generator)
+        yield batch.float().mul_(scale).add_(shift), labels[indices]
 
 
 def augmented(images, augment, generator):
@@ -218,19 +226,13 @@ def augmented(images, augment, generator):
     "crop" pads by 4 black pixels and cuts H x W out at random; "flip" mirrors half of the images.
     """
     count, _, height, width = images.shape
-    device = images.device
-
-    def offsets(used):
-        limit = 2 * CROP_PADDING + 1 if used else 1
-        return torch.randint(limit, (count, 1), device=device, generator=generator)
-
-    padding = CROP_PADDING if "crop" in augment else 0
-    rows = torch.arange(height, device=device) + offsets(padding)
-    columns = torch.arange(width, device=device).expand(count, -1)
+    if "crop" in augment:
+        padded = F.pad(images, (CROP_PADDING,) * 4)
+        windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # (N, 3, 9, 9, H, W), a view
+        limit, device = 2 * CROP_PADDING + 1, images.device
+        top, left = torch.randint(limit, (2, count), device=device, generator=generator)
+        images = windows[torch.arange(count, device=device), :, top, left]
     if "flip" in augment:
-        flip = torch.rand(count, 1, device=device, generator=generator) < 0.5
-        columns = torch.where(flip, width - 1 - columns, columns)
-    columns = columns + offsets(padding)
-    images = F.pad(images, (padding,) * 4)
-    which = torch.arange(count, device=device).view(-1, 1, 1)
-    return images[which, :, rows.unsqueeze(2), columns.unsqueeze(1)].permute(0, 3, 1, 2)
+        chance = torch.rand(count, 1, 1, 1, device=images.device, generator=generator)
+        images = torch.where(chance < 0.5, images.flip(3), images)
+    return images

@@ -79,13 +79,10 @@ class Block(nn.Module):
         return torch.einsum("nk,nkchw->nchw", coefficients, outputs)
 
     def mix_kernels(self, images, coefficients):
-        """conv(x, sum_i a_i W_i): every image is a group with its own kernels."""
-        count, channels, height, width = images.shape
-        weight = (coefficients @ self.convs.weight.view(self.k, -1)).view(-1, channels, 3, 3)
-        bias = (coefficients @ self.convs.bias.view(self.k, -1)).flatten()
-        images = images.reshape(1, count * channels, height, width)
-        outputs = F.conv2d(images, weight, bias, padding=1, groups=count)
-        return outputs.view(count, self.out_channels, height, width)
+        """conv(x, sum_i a_i W_i): one convolution of each image, by kernels of its own."""
+        kernels = self.convs.weight.unflatten(0, (self.k, self.out_channels))
+        biases = self.convs.bias.view(self.k, self.out_channels)
+        return MixedConvolution.apply(images, coefficients, kernels, biases)
 
     def macs(self, mix, height=IMAGE_SIZE, width=IMAGE_SIZE):
         """Multiply-accumulates per image (forward), by either form of the sum."""
@@ -94,6 +91,68 @@ class Block(nn.Module):
         if mix == "outputs":
             return height * width * (kernels + self.k * self.out_channels) + gate
         return height * width * kernels // self.k + kernels + gate
+
+
+class MixedConvolution(torch.autograd.Function):
+    """conv(images[n], sum_i a[n, i] kernels[i]) + sum_i a[n, i] biases[i] of every image n.
+
+    images (N, C, H, W), coefficients a (N, k), kernels (k, O, C, 3, 3) and biases (k, O) give
+    (N, O, H, W). A few images are done at a time, and their mixed kernels not kept for the backward
+    pass: those of all images would be larger than the images. The gradient of the images is itself
+    a convolution, by the kernels turned round; oneDNN is faster at that than at its own backward
+    (88 % against 69 % of the peak rate, 256 to 512 channels, two AVX-512 cores).
+    """
+
+    @staticmethod
+    @torch.amp.custom_fwd(device_type="cpu")
+    def forward(ctx, images, coefficients, kernels, biases):
+        ctx.save_for_backward(images, coefficients, kernels, biases)
+        parts = _in_chunks(kernels, images, coefficients)
+        return torch.cat([_convolve_each(x, a, kernels, a @ biases) for x, a in parts])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    @torch.amp.custom_bwd(device_type="cpu")
+    def backward(ctx, grad):
+        images, coefficients, kernels, biases = ctx.saved_tensors
+        grad_sums = grad.sum((2, 3))
+        grad_coefficients, grad_images = [], [] if ctx.needs_input_grad[0] else None
+        grad_kernels = torch.zeros_like(kernels).flatten(1)
+        turned = kernels.transpose(1, 2).flip(3, 4).contiguous()
+        for x, a, dy in _in_chunks(kernels, images, coefficients, grad):
+            if grad_images is not None:
+                grad_images.append(_convolve_each(dy, a, turned))
+            size = (len(x) * kernels.shape[1], *kernels.shape[2:])
+            x, dy = _as_groups(x.to(dy.dtype)), _as_groups(dy)
+            grad_mixed = nn.grad.conv2d_weight(x, size, dy, padding=1, groups=len(a))
+            grad_mixed = grad_mixed.view(len(a), -1)
+            grad_kernels += a.T @ grad_mixed
+            grad_coefficients.append(grad_mixed @ kernels.flatten(1).T)
+        return (
+            None if grad_images is None else torch.cat(grad_images),
+            torch.cat(grad_coefficients) + grad_sums @ biases.T,
+            grad_kernels.view_as(kernels),
+            coefficients.T @ grad_sums,
+        )
+
+
+def _in_chunks(kernels, *tensors):
+    """The tensors (N, ...) in chunks of a few images, whose mixed kernels take at most 20 MB."""
+    size = 20_000_000 // (kernels[0].numel() * kernels.element_size())
+    return zip(*(tensor.split(min(max(size, 1), 8)) for tensor in tensors))
+
+
+def _as_groups(images):
+    """(N, C, H, W) -> (1, N * C, H, W), for a convolution with N groups."""
+    return images.reshape(1, -1, *images.shape[2:])
+
+
+def _convolve_each(images, coefficients, kernels, biases=None):
+    """Convolve each image (N, C, H, W) by its mix of kernels (k, O, C, 3, 3), add biases (N, O)."""
+    weight = (coefficients @ kernels.flatten(1)).view(-1, *kernels.shape[2:])
+    bias = None if biases is None else biases.flatten()
+    outputs = F.conv2d(_as_groups(images), weight, bias, padding=1, groups=len(images))
+    return outputs.view(len(images), -1, *images.shape[2:])
 
 
 class Backbone(nn.Sequential):

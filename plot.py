@@ -68,7 +68,8 @@ def draw_run(history):
         losses = history["batch_losses"]
         batch[0].plot(losses, color=BLUE, alpha=0.3, linewidth=0.5, label="each batch")
         window = max(1, len(losses) // 50)
-        means = [statistics.fmean(losses[i : i + window]) for i in range(0, len(losses), window)]
+        starts = range(0, len(losses) - window + 1, window)
+        means = [statistics.fmean(losses[start : start + window]) for start in starts]
         middles = [window * (i + 0.5) for i in range(len(means))]
         batch[0].plot(middles, means, color=BLUE, label=f"mean of {window}")
         batch[0].legend(frameon=False)
@@ -87,8 +88,11 @@ def draw_epochs(axes, epochs, quantity, label):
         marker = "o" if len(values) <= 30 else None
         axes.plot(numbers, values, dash, color=colour, marker=marker, markersize=3, label=name)
         if values:
-            text = f" {values[-1]:.2f}"
-            axes.annotate(text, (numbers[-1], values[-1]), color=colour, va="center")
+            upper = values[-1] == max(
+                epochs[-1][f"{other}_{quantity}"] for other in ("train", "val")
+            )
+            side = "bottom" if upper else "top"  # so that the two numbers do not overlap
+            axes.annotate(f" {values[-1]:.2f}", (numbers[-1], values[-1]), color=colour, va=side)
     axes.legend(frameon=False)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.margins(x=0.12)

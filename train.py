@@ -231,7 +231,7 @@ class Run:
             "train_loss": ((losses * sizes).sum() / count).item(),
             "train_accuracy": 100 * self.correct.item() / count,
             "val_loss": F.cross_entropy(logits, labels).item(),
-            "val_accuracy": 100 * (logits.argmax(1) == labels).double().mean().item(),
+            "val_accuracy": 100 * (logits.argmax(1) == labels).sum().item() / len(labels),
             "seconds": time.monotonic() - self.began,
             "images_per_second": count / train_seconds,
         }
@@ -320,12 +320,11 @@ def environment(model, device, precision):
     """What a run was made with."""
     described = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     commit = subprocess.run(described, capture_output=True, text=True).stdout.strip()
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
-        "device": f"{device} ({name}, {torch.get_num_threads()} threads)",
+        "device": data.describe(device),
         "precision": precision_on(device, precision),
         "mix": [block.mix_on(device) for block in model.backbone],
         "commit": commit or None,
