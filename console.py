@@ -1,11 +1,33 @@
-"""What a training run prints: the network's costs, a line per epoch, and progress on a terminal."""
+"""What a run says of itself: its environment and costs, a line per epoch, progress."""
 
+import platform
+import subprocess
 import sys
 import time
+from pathlib import Path
 
-from model import costs
+import torch
+import torchvision
+
+from data import describe
+from model import costs, precision_on
 
 HEADER = "  epoch        lr  train loss  acc. %    val loss  acc. %     time  images/s"
+
+
+def environment(model, device, precision):
+    """What a run is made with, as its history keeps it."""
+    described = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    commit = subprocess.run(described, capture_output=True, text=True).stdout.strip()
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "device": describe(device),
+        "precision": precision_on(device, precision),
+        "mix": [block.mix_on(device) for block in model.backbone],
+        "commit": commit or None,
+    }
 
 
 def summary(model, environment):

@@ -25,6 +25,8 @@ from torch.utils.data import (
 )
 from torchvision.datasets.utils import check_integrity
 
+import parallel
+
 CLASSES = {
     "cifar10": "airplane automobile bird cat deer dog frog horse ship truck".split(),
     "shapes": "circle ring square frame triangle cross star bar crescent hourglass".split(),
@@ -47,9 +49,11 @@ def choose_device(name="auto"):
     ValueError if there is no such device.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", parallel.LOCAL_RANK)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).partition("\n")[0]
@@ -198,7 +202,8 @@ def batches(dataset, name, batch_size, device="cpu", seed=None, epoch=0, start=0
 
     images is float32 (N, 3, 32, 32), normalised for the data set `name`; labels is int64 (N,). With
     a seed every epoch has a shuffle of its own and `augment` (of AUGMENTATIONS) applies; without
-    one the order is the data set's. The last batch may be smaller.
+    one the order is the data set's. The last batch may be smaller. Of several processes each gets
+    its share of every batch.
     """
     device = torch.device(device)
     images, labels = (tensor.to(device) for tensor in dataset.tensors)
@@ -217,7 +222,8 @@ def batches(dataset, name, batch_size, device="cpu", seed=None, epoch=0, start=0
         if augment:
             generator.manual_seed(stream(seed, epoch, step, "augment"))
             batch = augmented(batch, augment, generator)
-        yield batch.float().mul_(scale).add_(shift), labels[indices]
+        batch, targets = parallel.share(batch, labels[indices])
+        yield batch.float().mul_(scale).add_(shift), targets
 
 
 def augmented(images, augment, generator):

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from data import CLASSES, EVALUATION_BATCH, batches, choose_device, load
-from history import read_history, write_history
+from history import read_history, write_atomically, write_history
 from model import PRECISIONS, autocast, build_model
 
 CHECKPOINT_FORMAT = "gated multi-convolution checkpoint 1"
@@ -61,6 +61,15 @@ def load_checkpoint(path):
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != CHECKPOINT_FORMAT:
         raise ValueError(f"{path} is a PyTorch file, but not a checkpoint that train.py wrote")
     return checkpoint
+
+
+def write_checkpoint(path, config, model, **more):
+    """Save the weights of a model, its config and what else is given, for load_checkpoint.
+
+    OSError as the disk says; what was at `path` then stays.
+    """
+    checkpoint = {"format": CHECKPOINT_FORMAT, "config": config, "weights": model.state_dict()}
+    write_atomically(path, lambda file: torch.save(checkpoint | more, file))
 
 
 def rebuild(checkpoint, path):

@@ -11,30 +11,28 @@ The weights go to runs/NAME.pt, the history to runs/NAME.json after every epoch.
 those of its last epoch. On the CPU the same options give the same figures.
 """
 
-import json
-import platform
+import contextlib
 import shlex
 import signal
-import subprocess
 import sys
 import time
-import warnings
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR
 from torch.utils.data import TensorDataset
 
 import data
-from console import HEADER, Progress, epoch_line, summary
-from evaluate import CHECKPOINT_FORMAT, load_checkpoint, predict
-from history import hyperparameters, read_history, write_atomically, write_history
-from model import autocast, build_model, costs, precision_on
+import parallel
+import state
+from console import HEADER, Progress, environment, epoch_line, summary
+from evaluate import predict, write_checkpoint
+from history import write_history
+from model import autocast, build_model, costs
 from options import parse_args
 
 SAVE_SECONDS = 60  # from one saved state to the next: the most work that a killed run loses
+LOOK_EVERY = 16  # batches, where reading a figure makes the CPU wait for the device
 
 
 class Stopped(Exception):
@@ -49,66 +47,48 @@ class Run:
     """A training run: what it computes with, how far it has come, and its history.
 
     It can stop after any batch and go on from a saved state. All of its randomness is drawn from
-    data.stream(seed, epoch, step), so a state holds no random generators.
+    data.stream(seed, epoch, step), so a state holds no random generators. Where there are several
+    processes each computes its share of every batch, and the first alone writes.
     """
 
     def __init__(self, args):
         """Set up the run of these options. OSError and ValueError say why it cannot begin."""
         self.args = args
         self.config = vars(args) | {"out": str(args.out)}
-        state = self.previous_state()
+        history, saved = state.find(args.out, self.config)
+        if history and history["finished"] and len(history["epochs"]) == args.epochs:
+            raise Stopped(f"{self.path('.json')} is finished: nothing to do", code=0)
         self.device = data.choose_device(args.device)
-        self.train_set, self.validation_set = self.load_data()
+        parallel.join(self.device)
+        with parallel.first_process_first():  # it may have to download
+            self.train_set, self.validation_set = self.load_data()
         self.model = self.make_model()
-        self.forward = torch.compile(self.model) if args.compile else self.model
+        self.forward = parallel.averaging(self.model)
+        if args.compile:
+            self.forward = torch.compile(self.forward)
         self.optimizer = self.make_optimizer()
-        self.scheduler = (
-            CosineAnnealingLR(self.optimizer, args.epochs)
-            if args.schedule == "cosine"
-            else ConstantLR(self.optimizer, factor=1)
-        )
+        if args.schedule == "cosine":
+            self.scheduler = CosineAnnealingLR(self.optimizer, args.epochs)
+        else:
+            self.scheduler = ConstantLR(self.optimizer, factor=1)
         self.steps = -(-len(self.train_set) // args.batch_size)
         self.step = 0  # of the epoch; the epoch is the number of those in the history
-        self.losses = torch.zeros(self.steps, device=self.device)
-        self.correct = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.figures = torch.zeros(self.steps, 3, device=self.device)  # see train_epoch
+        count, size = len(self.train_set), args.batch_size
+        self.sizes = [min(size, count - start) for start in range(0, count, size)]
         self.history = self.new_history()
-        self.began = self.saved = self.checked = time.monotonic()
+        self.began = self.saved = time.monotonic()
         self.save_seconds = SAVE_SECONDS
         self.stop_signal = None
-        if state:
-            self.load_state(state)
-        self.history["environment"] = environment(self.model, self.device, args.precision)
+        if saved:
+            state.load(self, saved)
+        elif history:
+            print("interrupted before anything was saved: beginning again", file=sys.stderr)
         self.progress = Progress(self.epochs_done(), args.epochs, len(self.train_set))
 
     def path(self, suffix):
         """The file of this run with that suffix."""
         return self.args.out / (self.args.name + suffix)
-
-    def previous_state(self):
-        """The saved state to go on from, or None to begin anew; ValueError if NAME is taken."""
-        history_path, state_path = self.path(".json"), self.path(".state.pt")
-        if self.args.overwrite or not (history_path.exists() or self.path(".pt").exists()):
-            return None
-        if not self.args.resume:
-            raise ValueError(
-                f"{self.path('')} exists: go on with it by --resume, replace it by --overwrite, or "
-                "give another --name"
-            )
-        history = read_history(history_path)
-        before, now = hyperparameters(history["config"]), hyperparameters(self.config)
-        differ = [key for key in now if before.get(key) != now[key]]
-        if differ:
-            differences = ", ".join(f"{key} {before.get(key)} (now {now[key]})" for key in differ)
-            raise ValueError(
-                f"{history_path} was made with other options, {differences}: give those, "
-                "another --name or --out, or --overwrite"
-            )
-        if history["finished"]:
-            raise Stopped(f"{history_path} is finished: nothing to do", code=0)
-        if not state_path.exists():
-            print("interrupted before anything was saved: beginning again", file=sys.stderr)
-            return None
-        return load_checkpoint(state_path)
 
     def load_data(self):
         """(training, validation) images, on the device."""
@@ -142,11 +122,11 @@ class Run:
 
     def make_optimizer(self):
         """PyTorch's optimiser, its step fused where that exists."""
-        args, device = self.args, self.device
+        args = self.args
         kinds = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}
         options = {"weight_decay": args.weight_decay, "momentum": args.momentum}
         options = {name: value for name, value in options.items() if value is not None}
-        fused = device.type in ("cpu", "cuda")
+        fused = self.device.type in ("cpu", "cuda")
         return kinds[args.optimizer](self.model.parameters(), lr=args.lr, fused=fused, **options)
 
     def new_history(self):
@@ -157,6 +137,7 @@ class Run:
             "command": shlex.join(["python", *sys.argv]),
             "config": self.config,
             "reported": self.args.reported,
+            "environment": environment(self.model, self.device, self.args.precision),
             "parameters": parameters,
             "macs": macs,
             "epochs": [],
@@ -172,23 +153,30 @@ class Run:
         """Train to the last epoch. Stopped: it ended early; OSError: it cannot write."""
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.on_signal)
+        parallel.wait()  # until all have read what is there of the run
         self.write_first_history()
-        print(summary(self.model, self.history["environment"]), end="\n\n")
-        print(HEADER)
+        self.say(summary(self.model, self.history["environment"]) + "\n\n" + HEADER)
         for epoch in self.history["epochs"]:
-            print(epoch_line(epoch, self.args.epochs))
+            self.say(epoch_line(epoch, self.args.epochs))
         while len(self.history["epochs"]) < self.args.epochs:
             self.train_epoch()
             self.end_epoch()
-        self.save(".pt", {})
-        write_history(self.path(".json"), self.history | {"finished": True})
-        self.path(".state.pt").unlink(missing_ok=True)
+        self.finish()
+
+    def say(self, text):
+        """Print, if this is the first process."""
+        if parallel.RANK == 0:
+            print(text, flush=True)
+
+    def write_history(self):
+        """Write the history, if this is the first process."""
+        if parallel.RANK == 0:
+            write_history(self.path(".json"), self.history)
 
     def write_first_history(self):
-        """Claim NAME: what --overwrite replaces goes, so that no file of another run stays."""
-        self.args.out.mkdir(parents=True, exist_ok=True)
-        write_history(self.path(".json"), self.history)
-        if self.args.overwrite:
+        """Begin the files: what --overwrite replaces goes, so that no file of another run stays."""
+        self.write_history()
+        if self.args.overwrite and parallel.RANK == 0:
             for suffix in (".pt", ".state.pt"):
                 self.path(suffix).unlink(missing_ok=True)
 
@@ -201,144 +189,127 @@ class Run:
         )  # fmt: skip
         self.model.train()
         for images, labels in loader:
-            torch.manual_seed(data.stream(args.seed, epoch, self.step))  # of dropout
+            torch.manual_seed(data.stream(args.seed, epoch, self.step, parallel.RANK))  # of dropout
             with autocast(self.device, args.precision):
                 logits = self.forward(images)
-                loss = F.cross_entropy(logits, labels)
+                loss = F.cross_entropy(logits, labels, reduction="sum") / self.sizes[self.step]
             self.optimizer.zero_grad()
-            loss.backward()
+            (loss * parallel.WORLD_SIZE).backward()  # the processes average their gradients
             self.optimizer.step()
-            self.losses[self.step] = loss.detach()
-            self.correct += (logits.argmax(1) == labels).sum()
+            correct = (logits.argmax(1) == labels).sum()
+            stop = torch.full_like(loss, bool(self.stop_signal))
+            figures = torch.stack([loss.detach(), correct, stop])
+            self.figures[self.step] = parallel.summed(figures)
             self.step += 1
             self.after_batch()
 
     def end_epoch(self):
         """Validate, and add the epoch to the history."""
-        losses = torch.tensor(self.losses.tolist(), dtype=torch.float64)  # waits for the device
-        self.check(losses)
+        self.check()
+        losses, correct, _ = self.figures.T.tolist()
         train_seconds = time.monotonic() - self.began
+        val_loss, val_correct = self.validate()
         count = len(self.train_set)
-        sizes = torch.full((self.steps,), self.args.batch_size)
-        sizes[-1] = count - sizes[:-1].sum()
-        loader = data.batches(
-            self.validation_set, self.args.dataset, data.EVALUATION_BATCH, self.device
-        )
-        logits, labels = predict(self.forward, loader, self.args.precision, self.after_batch)
         epoch = {
             "epoch": len(self.history["epochs"]) + 1,
             "lr": self.scheduler.get_last_lr()[0],
-            "train_loss": ((losses * sizes).sum() / count).item(),
-            "train_accuracy": 100 * self.correct.item() / count,
-            "val_loss": F.cross_entropy(logits, labels).item(),
-            "val_accuracy": 100 * (logits.argmax(1) == labels).sum().item() / len(labels),
+            "train_loss": sum(loss * size for loss, size in zip(losses, self.sizes)) / count,
+            "train_accuracy": 100 * sum(correct) / count,
+            "val_loss": val_loss / len(self.validation_set),
+            "val_accuracy": 100 * val_correct / len(self.validation_set),
             "seconds": time.monotonic() - self.began,
             "images_per_second": count / train_seconds,
         }
         self.scheduler.step()
         self.history["epochs"].append(epoch)
-        self.history["batch_losses"] += losses.tolist()
+        self.history["batch_losses"] += losses
         self.step = 0
-        self.correct.zero_()
         self.began = time.monotonic()
-        write_history(self.path(".json"), self.history)
+        self.write_history()
         self.progress.clear()
-        print(epoch_line(epoch, self.args.epochs), flush=True)
+        self.say(epoch_line(epoch, self.args.epochs))
+
+    def validate(self):
+        """(the sum of the losses, the number of right predictions) on the validation images."""
+        loader = data.batches(
+            self.validation_set, self.args.dataset, data.EVALUATION_BATCH, self.device
+        )
+        logits, labels = predict(self.forward, loader, self.args.precision, self.stop_if_asked)
+        loss = F.cross_entropy(logits, labels, reduction="sum")
+        correct = (logits.argmax(1) == labels).sum()
+        return parallel.summed(torch.stack([loss, correct])).tolist()
 
     def after_batch(self):
-        """Between two batches, of training or validation: what has to be done from time to time."""
-        now = time.monotonic()
-        # Reading a loss waits for the device, so on others than the CPU that is done seldom.
-        if self.device.type == "cpu" or now - self.checked > 1:
-            self.check(self.losses[: self.step])
+        """Between two training batches: what has to be done from time to time."""
+        if self.device.type == "cpu" or self.step % LOOK_EVERY == 0:
+            self.check()
             self.progress.show(self.epochs_done(), self.step, self.steps)
-            self.checked = now
-        if self.stop_signal or now - self.saved > self.save_seconds:
-            self.save_state()
-        if self.stop_signal:
-            name = signal.Signals(self.stop_signal).name
-            self.progress.clear()
-            raise Stopped(f"{name}: go on with {self.resume_command()}", 128 + self.stop_signal)
+            if self.figures[self.step - 1, 2] and not self.stop_signal:
+                self.stop_signal = signal.SIGTERM  # came to another process
+            self.stop_if_asked()
 
-    def check(self, losses):
-        """Stopped if a batch loss is NaN or infinite."""
+    def stop_if_asked(self):
+        """Save the state if it is time to, and stop if a signal came."""
+        if not self.stop_signal and time.monotonic() - self.saved < self.save_seconds:
+            return
+        began = time.monotonic()
+        saved = state.save(self)
+        self.saved = time.monotonic()
+        # The state of the report's final model is 1.9 GB: where disks are slow, save it seldom.
+        self.save_seconds = max(SAVE_SECONDS, 40 * (self.saved - began))
+        if self.stop_signal:
+            self.progress.clear()
+            name = signal.Signals(self.stop_signal).name
+            lost = "" if saved else "nothing could be saved now; "
+            raise Stopped(f"{name}: {lost}{self.how_to_go_on()}", 128 + self.stop_signal)
+
+    def check(self):
+        """Stopped if the loss of a batch is NaN or infinite."""
+        losses = self.figures[: self.step, 0]
         wrong = (~losses.isfinite()).nonzero().flatten().tolist()
         if wrong:
-            epoch, batch = len(self.history["epochs"]) + 1, wrong[0] + 1
+            loss, epoch = losses[wrong[0]].item(), len(self.history["epochs"]) + 1
             raise Stopped(
-                f"the loss is {losses[wrong[0]].item()} at epoch {epoch}, batch {batch}, "
-                f"learning rate {self.scheduler.get_last_lr()[0]:g}: try a lower --lr"
+                f"the loss is {loss} at epoch {epoch}, batch {wrong[0] + 1}, learning rate "
+                f"{self.scheduler.get_last_lr()[0]:g}: try a lower --lr"
             )
+
+    def finish(self):
+        """Write the weights, and mark the history as finished."""
+        if parallel.RANK == 0:
+            try:
+                write_checkpoint(self.path(".pt"), self.config, self.model)
+            except OSError as error:
+                raise Stopped(f"no weights written ({error}); {self.how_to_go_on()}") from error
+            self.history["finished"] = True
+            if self.args.schedule == "none":  # the run may be given more epochs
+                state.save(self)
+            else:
+                self.path(".state.pt").unlink(missing_ok=True)
+            self.write_history()
+        parallel.leave()
 
     def on_signal(self, number, frame):
         """Stop after the current batch."""
         self.stop_signal = number
 
-    def resume_command(self):
+    def how_to_go_on(self):
         """The command that continues this run."""
         options = [word for word in sys.argv if word not in ("--resume", "--overwrite")]
-        return shlex.join(["python", *options, "--resume"])
-
-    def save(self, suffix, more):
-        """Save the weights, and what a checkpoint holds `more` than them."""
-        checkpoint = {"format": CHECKPOINT_FORMAT, "config": self.config}
-        checkpoint |= {"weights": self.model.state_dict(), **more}
-        write_atomically(self.path(suffix), lambda file: torch.save(checkpoint, file))
-
-    def save_state(self):
-        """Save all that a resumed run needs."""
-        began = time.monotonic()
-        state = {
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
-            "history": json.dumps(self.history),
-            "step": self.step,
-            "losses": self.losses[: self.step].cpu(),
-            "correct": self.correct.item(),
-            "seconds": began - self.began,
-        }
-        self.save(".state.pt", state)
-        self.saved = time.monotonic()
-        # The state of the report's final model is 1.9 GB: on a slow disk, save it less often.
-        self.save_seconds = max(SAVE_SECONDS, 40 * (self.saved - began))
-
-    def load_state(self, state):
-        """Go on from what save_state saved."""
-        self.model.load_state_dict(state["weights"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
-        # A run stopped while it validated steps its scheduler before this process has trained.
-        warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
-        self.history = json.loads(state["history"])
-        self.step = state["step"]
-        self.losses[: self.step] = state["losses"]
-        self.correct.fill_(state["correct"])
-        self.began -= state["seconds"]
-
-
-def environment(model, device, precision):
-    """What a run was made with."""
-    described = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    commit = subprocess.run(described, capture_output=True, text=True).stdout.strip()
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "device": data.describe(device),
-        "precision": precision_on(device, precision),
-        "mix": [block.mix_on(device) for block in model.backbone],
-        "commit": commit or None,
-    }
+        return f"go on with {shlex.join(['python', *options, '--resume'])}"
 
 
 def main(argv=None):
     args = parse_args(__doc__, argv)
     try:
-        try:
-            run = Run(args)
-        except ValueError as error:  # of bad input; a later one is a bug, and shown as one
-            raise Stopped(f"error: {error}") from error
-        run.fit()
+        with contextlib.ExitStack() as until_done:
+            try:
+                if parallel.RANK == 0:
+                    until_done.enter_context(state.claimed(args.out, args.name))
+                run = Run(args)
+            except ValueError as error:  # of bad input; a later one is a bug, and shown as one
+                raise Stopped(f"error: {error}") from error
+            run.fit()
     except Stopped as stopped:
         print(f"train.py: {stopped}", file=sys.stderr)
         sys.exit(stopped.code)

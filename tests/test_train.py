@@ -13,15 +13,15 @@ from options import parse_args
 
 def stop_after(monkeypatch, batches, signal_number=15):
     """Let a signal come when so many batches, of training or validation, are done."""
-    after_batch, count = train.Run.after_batch, [0]
+    stop_if_asked, count = train.Run.stop_if_asked, [0]
 
     def counted(self):
         count[0] += 1
         if count[0] == batches:
             self.on_signal(signal_number, None)
-        after_batch(self)
+        stop_if_asked(self)
 
-    monkeypatch.setattr(train.Run, "after_batch", counted)
+    monkeypatch.setattr(train.Run, "stop_if_asked", counted)
 
 
 def test_a_run_leaves_its_history_and_its_checkpoint(run, tmp_path):
