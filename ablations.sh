@@ -11,7 +11,7 @@
 # Finished rows are skipped and interrupted ones go on. A failing row does not stop the others, but
 # is named at the end, and the exit code is then 1.
 set -u
-rows=$(sed -n 's/^row \([^ ]*\).*/\1/p' "$0")
+rows=$(sed -n 's/^row \([^ ]*\).*/\1/p' ablations.sh)
 wanted=" "
 while [ $# -gt 0 ] && [ "$1" != -- ]; do
     case " ${rows//$'\n'/ } " in

@@ -69,7 +69,11 @@ def write_checkpoint(path, config, model, **more):
     OSError as the disk says; what was at `path` then stays.
     """
     checkpoint = {"format": CHECKPOINT_FORMAT, "config": config, "weights": model.state_dict()}
-    write_atomically(path, lambda file: torch.save(checkpoint | more, file))
+    try:
+        write_atomically(path, lambda file: torch.save(checkpoint | more, file))
+    except RuntimeError as error:  # so torch.save says that the file could not be written
+        reason = str(error.__context__ or error).partition("\n")[0]
+        raise OSError(f"{path}: {reason}") from error
 
 
 def rebuild(checkpoint, path):

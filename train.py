@@ -71,11 +71,13 @@ class Run:
             self.scheduler = CosineAnnealingLR(self.optimizer, args.epochs)
         else:
             self.scheduler = ConstantLR(self.optimizer, factor=1)
-        self.steps = -(-len(self.train_set) // args.batch_size)
+        self.sizes = [
+            len(part) for part in torch.arange(len(self.train_set)).split(args.batch_size)
+        ]
+        self.steps = len(self.sizes)
         self.step = 0  # of the epoch; the epoch is the number of those in the history
-        self.figures = torch.zeros(self.steps, 3, device=self.device)  # see train_epoch
-        count, size = len(self.train_set), args.batch_size
-        self.sizes = [min(size, count - start) for start in range(0, count, size)]
+        # Of each batch of the epoch: its loss, how many images were right, whether a signal came.
+        self.figures = torch.zeros(self.steps, 3, device=self.device)
         self.history = self.new_history()
         self.began = self.saved = time.monotonic()
         self.save_seconds = SAVE_SECONDS

@@ -10,6 +10,7 @@ import torchvision
 import data
 import train
 from history import read_history
+from options import parse_args
 
 # The smallest run that goes through everything: 2 epochs of 4 batches, the last one smaller.
 TINY = "--dataset shapes --arch 4 8 --k 2 --hidden 8 --limit 100 --batch-size 32 --epochs 2".split()
@@ -48,8 +49,9 @@ def run(tmp_path):
     """run(option, ...): a tiny run named "run" in tmp_path, changed by options; its history."""
 
     def run_tiny(*options):
-        train.main([*TINY, "--out", str(tmp_path), "--name", "run", *options])
-        return read_history(tmp_path / "run.json")
+        arguments = [*TINY, "--out", str(tmp_path), "--name", "run", *options]
+        train.main(arguments)
+        return read_history(parse_args("", arguments).out / "run.json")
 
     return run_tiny
 

@@ -1,0 +1,271 @@
+"""What happens to runs: kills, full disks, damaged and hostile files."""
+
+import json
+import multiprocessing
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import without_times
+
+import data
+import evaluate
+import state
+import train
+from history import read_history
+
+OPTIONS = (
+    "--dataset shapes --arch 4 6 --k 2 --hidden 8 --limit 200 --batch-size 8 --epochs 4 --name run "
+    "--augment crop flip"
+).split()
+
+
+def in_process(folder, options, file_size, save_seconds):
+    """In a process of its own: train in a folder, with files limited to a size, on fewer shapes."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
+    sys.stderr = open(folder / "stderr", "w", buffering=1)
+    sys.stdout = open(os.devnull, "w")
+    torch.set_num_threads(1)
+    draw = data.draw_shapes
+    data.draw_shapes = lambda count, seed: draw(min(count, 250), seed)
+    train.SAVE_SECONDS = save_seconds
+    train.main([*OPTIONS, "--out", str(folder), *options])
+
+
+def start(folder, *options, file_size=resource.RLIM_INFINITY, save_seconds=0):
+    """A process that trains; torch is imported once, in the server that it is forked from."""
+    folder.mkdir(parents=True, exist_ok=True)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train", "test_faults"])
+    arguments = (folder, options, file_size, save_seconds)
+    process = context.Process(target=in_process, args=arguments)
+    process.start()
+    return process
+
+
+def finish(process):
+    """(exit code, the last line on stderr) of a process that `start` started in a folder."""
+    process.join(60)
+    return process.exitcode
+
+
+def complain(folder):
+    """The lines that the last process in a folder left on stderr."""
+    return (folder / "stderr").read_text().splitlines()
+
+
+def weights(folder):
+    return evaluate.load_checkpoint(folder / "run.pt")["weights"]
+
+
+def same_end(folder, whole):
+    """Assert that the run in a folder ended as the one in `whole`, bit for bit."""
+    ended, expected = (read_history(path / "run.json") for path in (folder, whole))
+    assert without_times(ended) == without_times(expected)
+    torch.testing.assert_close(weights(folder), weights(whole), rtol=0, atol=0)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder of a run that nothing happened to, and how many seconds it took."""
+    for _ in range(2):  # the first one waits for torch to be imported
+        folder = tmp_path_factory.mktemp("whole")
+        began = time.monotonic()
+        assert finish(start(folder)) == 0
+        seconds = time.monotonic() - began
+    return folder, seconds
+
+
+@pytest.mark.parametrize("number", range(20))
+def test_a_killed_run_goes_on_to_the_same_end(whole, tmp_path, number):
+    expected, seconds = whole
+    chance = random.Random(number)
+    kind = chance.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+    kills = 0
+    for _ in range(2):
+        process = start(tmp_path, "--resume")
+        process.join(chance.uniform(0.2, 1) * seconds)
+        if process.is_alive():
+            os.kill(process.pid, kind)
+            kills += 1
+        finish(process)
+        if (tmp_path / "run.json").exists():
+            read_history(tmp_path / "run.json")  # whole, whenever the process died
+        if (tmp_path / "run.state.pt").exists():
+            evaluate.load_checkpoint(tmp_path / "run.state.pt")
+    assert finish(start(tmp_path, "--resume")) == 0
+    same_end(tmp_path, expected)
+    assert kills
+
+
+@pytest.mark.parametrize("kind, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_the_state_and_says_how_to_go_on(whole, tmp_path, kind, code):
+    process = start(tmp_path, save_seconds=1000)
+    while not (tmp_path / "run.json").exists():
+        time.sleep(0.01)
+    time.sleep(0.2)
+    os.kill(process.pid, kind)
+    assert finish(process) == code
+    (line,) = complain(tmp_path)
+    assert line.startswith(f"train.py: {kind.name}: go on with python ")
+    assert line.endswith("--resume")
+    assert (tmp_path / "run.state.pt").exists()
+    assert finish(start(tmp_path, "--resume")) == 0
+    same_end(tmp_path, whole[0])
+
+
+def test_a_disk_too_full_for_checkpoints_does_not_stop_a_run_before_its_end(whole, tmp_path):
+    assert finish(start(tmp_path, file_size=16_000)) == 1
+    *warnings, last = complain(tmp_path)
+    assert warnings and all("warning: the state is not saved" in line for line in warnings)
+    assert last.startswith("train.py: no weights written")
+    history = read_history(tmp_path / "run.json")
+    assert len(history["epochs"]) == 4 and not history["finished"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run.json", "stderr"]
+    assert finish(start(tmp_path, "--resume")) == 0
+    same_end(tmp_path, whole[0])
+
+
+def test_a_disk_too_full_for_the_history_stops_a_run_and_the_last_one_stays(whole, tmp_path):
+    assert finish(start(tmp_path, "--epochs", "60", file_size=6_000, save_seconds=1000)) == 1
+    (line,) = complain(tmp_path)
+    assert line.startswith("train.py: error: ") and "File too large" in line
+    assert len(read_history(tmp_path / "run.json")["epochs"]) >= 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run.json", "stderr"]
+
+
+def test_a_folder_that_vanishes_stops_a_run_with_a_line(run, tmp_path, monkeypatch, capsys):
+    end_epoch = train.Run.end_epoch
+
+    def vanish(self):
+        shutil.rmtree(tmp_path)
+        end_epoch(self)
+
+    monkeypatch.setattr(train.Run, "end_epoch", vanish)
+    with pytest.raises(SystemExit) as stopped:
+        run()
+    assert "No such file or directory" in stopped.value.code
+    assert "\n" not in stopped.value.code
+
+
+def test_two_runs_of_one_name_at_the_same_time_are_refused(run, tmp_path, capsys):
+    with state.claimed(tmp_path, "run"), pytest.raises(SystemExit) as stopped:
+        run()
+    assert stopped.value.code == 1
+    assert f"another process is training {tmp_path / 'run'}" in capsys.readouterr().err
+    run()
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_at_its_batch(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "SAVE_SECONDS", -1)
+    with pytest.raises(SystemExit) as stopped:
+        run("--lr", "1e30", "--optimizer", "sgd")
+    assert stopped.value.code == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("train.py: the loss is ")
+    assert "at epoch 1, batch " in line and "learning rate 1e+30" in line
+    assert read_history(tmp_path / "run.json")["finished"] is False
+    if (tmp_path / "run.state.pt").exists():
+        saved = evaluate.load_checkpoint(tmp_path / "run.state.pt")["weights"]
+        assert all(tensor.isfinite().all() for tensor in saved.values())
+
+
+def test_a_run_without_a_schedule_can_be_given_more_epochs(run, tmp_path):
+    longer = without_times(run("--schedule", "none", "--epochs", "3"))
+    run("--schedule", "none", "--epochs", "2", "--overwrite")
+    assert without_times(run("--schedule", "none", "--epochs", "3", "--resume")) == longer
+
+
+def test_a_run_with_a_schedule_cannot(run, capsys):
+    run("--epochs", "2")
+    with pytest.raises(SystemExit) as stopped:
+        run("--epochs", "3", "--resume")
+    assert stopped.value.code == 1
+    assert "cosine schedule depends on the number of epochs" in capsys.readouterr().err
+
+
+def test_options_that_do_not_change_the_result_may_differ_when_resuming(run, tmp_path, monkeypatch):
+    whole = without_times(run("--device", "cpu"))
+    (tmp_path / "run.pt").unlink()
+    history = json.loads((tmp_path / "run.json").read_text())
+    (tmp_path / "run.json").write_text(json.dumps(history | {"finished": False}))
+    resumed = run("--resume", "--device", "auto", "--data-dir", "elsewhere", "--reported", "50")
+    assert without_times(resumed) == whole
+
+
+class Hostile:
+    """An object whose pickle would create a file when it is loaded without care."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("as_zip", [True, False])
+def test_a_pickle_that_would_run_code_is_refused_and_does_not(tmp_path, as_zip):
+    checkpoint = {"format": evaluate.CHECKPOINT_FORMAT, "config": Hostile(tmp_path / "ran")}
+    torch.save(checkpoint, tmp_path / "run.pt", _use_new_zipfile_serialization=as_zip)
+    with pytest.raises(SystemExit) as stopped:
+        evaluate.main([str(tmp_path / "run.pt")])
+    assert "run.pt is not a checkpoint" in stopped.value.code
+    assert "\n" not in stopped.value.code
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_flipped_bit_in_a_checkpoint_is_found_or_harmless(run, tmp_path):
+    run()
+    path, good, found = tmp_path / "run.pt", weights(tmp_path), 0
+    content = path.read_bytes()
+    for share in range(1, 40):
+        flipped = bytearray(content)
+        flipped[len(content) * share // 40] ^= 1
+        path.write_bytes(flipped)
+        try:
+            loaded = weights(tmp_path)
+        except ValueError as error:
+            assert str(path) in str(error)
+            found += 1
+        else:  # it was in the padding between the tensors
+            torch.testing.assert_close(loaded, good, rtol=0, atol=0)
+    assert found > 20
+
+
+@pytest.mark.parametrize("suffix", [".json", ".state.pt"])
+def test_a_damaged_file_is_named_and_kept_when_resuming(run, tmp_path, monkeypatch, capsys, suffix):
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Run, "validate", lambda self: os.kill(os.getpid(), signal.SIGTERM))
+        patch.setattr(train.Run, "train_epoch", lambda self: setattr(self, "step", self.steps))
+        patch.setattr(train.Run, "end_epoch", lambda self: (self.validate(), self.stop_if_asked()))
+        with pytest.raises(SystemExit):
+            run()
+    path = tmp_path / f"run{suffix}"
+    path.write_bytes(path.read_bytes()[:-20])
+    before = path.read_bytes()
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        run("--resume")
+    assert stopped.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert str(path) in line
+    assert path.read_bytes() == before
+
+
+def test_a_state_of_another_network_is_refused(run, tmp_path, capsys):
+    run("--schedule", "none")
+    saved = evaluate.load_checkpoint(tmp_path / "run.state.pt")
+    saved["weights"]["classifier.2.weight"] = torch.zeros(3, 3)
+    torch.save(saved, tmp_path / "run.state.pt")
+    with pytest.raises(SystemExit) as stopped:
+        run("--schedule", "none", "--epochs", "3", "--resume")
+    assert stopped.value.code == 1
+    assert "run.state.pt is of another run" in capsys.readouterr().err

@@ -1,0 +1,104 @@
+"""Several processes as one run, started by torchrun as users do."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY
+from torch.utils.data import TensorDataset
+
+import data
+import parallel
+from history import read_history
+
+ROOT = Path(__file__).parent.parent
+# The batches are of 30, 30, 30 and 1 image: of two processes, the second has none of the last.
+OPTIONS = [*TINY, *"--limit 91 --batch-size 30 --dropout 0 --augment crop flip".split()]
+LONG = "--epochs 12 --schedule none --optimizer sgd --lr 0.01".split()
+
+
+def command(processes, folder, *options):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    script = ["train.py", *OPTIONS, "--name", "run", "--out", str(folder), *options]
+    return [*torchrun, f"--nproc-per-node={processes}", *script]
+
+
+def trained(processes, folder, *options):
+    """The history of a run by so many processes."""
+    arguments = command(processes, folder, *options)
+    result = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("block1") == 1  # one process alone prints
+    return read_history(folder / "run.json")
+
+
+@pytest.fixture
+def one(run):
+    """The history of the same run by one process."""
+    return run(*OPTIONS)
+
+
+def close(history, expected):
+    """Assert that all figures of two histories are equal but for rounding."""
+    assert history["batch_losses"] == pytest.approx(expected["batch_losses"], rel=1e-5)
+    for epoch, other in zip(history["epochs"], expected["epochs"]):
+        for figure in ("train_loss", "train_accuracy", "val_loss", "val_accuracy"):
+            assert epoch[figure] == pytest.approx(other[figure], rel=1e-5)
+
+
+def test_two_processes_give_the_losses_of_one(one, tmp_path):
+    close(trained(2, tmp_path / "two"), one)
+
+
+@pytest.fixture
+def running(tmp_path):
+    """torchrun with two processes, after the first of 12 epochs; the run is in tmp_path / "two"."""
+    arguments = command(2, tmp_path / "two", *LONG)
+    process = subprocess.Popen(
+        arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
+    while b"  1/12" not in process.stdout.readline():
+        assert process.poll() is None
+    yield process
+    process.kill()
+
+
+def test_a_run_that_loses_a_process_stops(running, tmp_path):
+    children = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    assert running.wait(60) != 0
+    assert 1 <= len(read_history(tmp_path / "two" / "run.json")["epochs"]) < 12
+
+
+def test_a_stopped_run_goes_on_with_another_number_of_processes(running, run, tmp_path):
+    running.terminate()
+    assert running.wait(60) != 0
+    assert (tmp_path / "two" / "run.state.pt").exists()
+    resumed = run(*OPTIONS, *LONG, "--out", str(tmp_path / "two"), "--resume")
+    close(resumed, run(*OPTIONS, *LONG))
+
+
+def test_shares_of_a_batch_are_disjoint_and_complete(monkeypatch):
+    dataset = TensorDataset(*data.draw_shapes(11, seed=0)[:])
+    whole = list(data.batches(dataset, "shapes", 4, seed=0))
+    monkeypatch.setattr(parallel, "WORLD_SIZE", 3)
+    shares = []
+    for rank in range(3):
+        monkeypatch.setattr(parallel, "RANK", rank)
+        shares.append(list(data.batches(dataset, "shapes", 4, seed=0)))
+    for (images, labels), *parts in zip(whole, *shares):
+        for rank, (part, part_labels) in enumerate(parts):
+            assert torch.equal(part, images[rank::3])
+            assert torch.equal(part_labels, labels[rank::3])
+
+
+def test_a_process_without_images_takes_part_with_one_that_does_not_count(monkeypatch):
+    monkeypatch.setattr(parallel, "RANK", 2)
+    monkeypatch.setattr(parallel, "WORLD_SIZE", 3)
+    images, labels = parallel.share(torch.randn(2, 3, 32, 32), torch.tensor([4, 5]))
+    loss = torch.nn.functional.cross_entropy(torch.randn(1, 10), labels, reduction="sum")
+    assert (len(images), loss.item()) == (1, 0)
