@@ -146,7 +146,7 @@ def bench_blocks(device):
     for name, block, images in final_blocks(device, 128 if device.type == "cuda" else 32):
         textbook = TextbookBlock(block.convs.in_channels, block.out_channels, block.k)
         textbook = block_step(on_device(textbook, device), images)
-        yield compare(name, block_step(block, images), textbook, device)
+        yield compare(name, block_step(block, images), textbook, device, turns=5)
 
 
 def bench_rate(device):
