@@ -124,11 +124,14 @@ def draw_gates(test, title):
     top, bottom = figure.subfigures(
         2, 1, height_ratios=[height - bank_height - 0.7, bank_height + 0.3]
     )
-    axes = top.subplots(
-        len(gates), 2, squeeze=False, sharex="col", sharey="row", width_ratios=[2, 1]
-    )
+    axes = top.subplots(len(gates), 2, squeeze=False, sharey="row", width_ratios=[2, 1])
     for (means, spread), gate in zip(axes, gates):
         draw_coefficients(means, spread, gate)
+        means.set_xticks([])
+    if max(map(np.max, (gate["quantiles"] for gate in gates))) <= 1:  # one scale serves all blocks
+        for spread in axes[:, 1]:
+            spread.set_xlim(min(0, spread.get_xlim()[0]), 1)
+            spread.tick_params(labelbottom=spread is axes[-1, 1])
     axes[0, 0].set_title("mean coefficient of the test images of each class", fontsize=9)
     axes[0, 1].set_title("all: quartiles, extremes", fontsize=9)
     axes[-1, 0].set_xticks(
@@ -147,14 +150,21 @@ def draw_coefficients(means, spread, gate):
     means.imshow(shown, cmap=SHADES, vmin=low, vmax=high, aspect="auto")
     for (place, column), value in np.ndenumerate(shown):
         colour = "white" if value - low > 0.6 * (high - low) else "black"
-        text = f"{value:.2f}" if abs(value) < 100 else f"{value:.0e}"
+        text = (
+            f"{value:.2f}"
+            if abs(value) < 10
+            else f"{value:.0f}"
+            if abs(value) < 1e5
+            else f"{value:.0e}"
+        )
         means.text(column, place, text, color=colour, ha="center", va="center", fontsize=7)
     means.set_yticks(range(len(shown)), [f"a{number}" for number in range(1, len(shown) + 1)])
     means.set_ylabel(gate["block"])
-    keys = ("whislo", "q1", "med", "q3", "whishi")
-    boxes = [dict(zip(keys, levels)) for levels in gate["quantiles"]]
-    spread.bxp(boxes, positions=range(len(boxes)), vert=False, showfliers=False, widths=0.6,
-               manage_ticks=False, medianprops={"color": ORANGE, "linewidth": 2})  # fmt: skip
+    least, first, middle, third, most = np.array(gate["quantiles"]).T
+    places = np.arange(len(least))
+    spread.hlines(places, least, most, color="black", linewidth=1)
+    spread.barh(places, third - first, 0.6, first, color="white", edgecolor="black")
+    spread.vlines(middle, places - 0.3, places + 0.3, color=ORANGE, linewidth=2)
     spread.tick_params(axis="y", labelleft=False)
     style(spread, "", "")
 

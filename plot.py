@@ -19,7 +19,7 @@ import statistics
 import sys
 import textwrap
 import time
-from itertools import cycle, product, zip_longest
+from itertools import cycle, zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -125,7 +125,8 @@ def draw_run(row, title=None, figure=None):
     It is a new one, or `figure` drawn anew.
     """
     batch_losses = [history["batch_losses"] for history in row if history["batch_losses"]]
-    title = title or row_name(row) + (f", {len(row)} seeds" if len(row) > 1 else "")
+    seeds = f", mean and range of {len(row)} seeds" if len(row) > 1 else ""
+    title = title or row_name(row) + seeds
     figure = titled(title + unfinished(row), 5.4 if batch_losses else 3, figure)
     batch_panel = [["batches", "batches"]] if batch_losses else []
     axes = figure.subplot_mosaic([["loss", "accuracy"], *batch_panel])
@@ -160,10 +161,12 @@ def draw_epochs(axes, row, quantity, label):
                 f"{values[-1]:.2f}", (len(values), values[-1]), xytext=(6, 0), color=colour,
                 textcoords="offset points", va="bottom" if upper else "top", fontsize=8,
             )  # fmt: skip
+        axes.legend(frameon=False, fontsize=8)
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+        axes.margins(y=0.12)  # for the numbers
     else:
         axes.text(0.5, 0.5, "no epoch yet", ha="center", transform=axes.transAxes)
-    axes.legend(frameon=False, fontsize=8)
-    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+        axes.set(xticks=[], yticks=[])
     style(axes, "epoch", label)
 
 
@@ -200,9 +203,10 @@ def draw_comparison(rows, title=None):
     lines = sum(name.count("\n") + 1 for name in names)
     dots_height, curves_height = 1.2 + 0.2 * lines, max(3, 0.4 + 0.15 * lines)
     figure = titled(title or "", dots_height + curves_height)
-    dots, curves = figure.subplots(2, 1, height_ratios=[dots_height, curves_height])
+    parts = figure.subfigures(2, 1, height_ratios=[dots_height, curves_height])
+    dots, curves = (part.subplots() for part in parts)  # each as wide as its names allow
     draw_dots(dots, rows, names)
-    for name, row, (dash, colour) in zip(names, rows, cycle(product(DASHES, COLOURS))):
+    for name, row, (dash, colour) in zip(names, rows, zip(cycle(DASHES), cycle(COLOURS))):
         series = [[epoch["val_accuracy"] for epoch in history["epochs"]] for history in row]
         means, low, high = spread(series)
         epochs = np.arange(1, len(means) + 1)
