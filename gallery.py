@@ -165,6 +165,7 @@ def draw_coefficients(means, spread, gate):
     spread.hlines(places, least, most, color="black", linewidth=1)
     spread.barh(places, third - first, 0.6, first, color="white", edgecolor="black")
     spread.vlines(middle, places - 0.3, places + 0.3, color=ORANGE, linewidth=2)
+    spread.locator_params(axis="x", nbins=4)
     spread.tick_params(axis="y", labelleft=False)
     style(spread, "", "")
 
@@ -221,7 +222,7 @@ def draw_predictions(predictions, classes, title):
     panels = figure.subplots(len(predictions), 3, squeeze=False, width_ratios=[1, 1, 1.4])
     for (photo, seen, bars), (name, image, small, probabilities) in zip(panels, predictions):
         photo.imshow(image)
-        photo.set_title(name if len(name) <= 36 else f"{name[:35]}…", fontsize=8)
+        photo.set_title(name if len(name) <= 28 else f"{name[:27]}…", fontsize=8)
         seen.imshow(small, interpolation="nearest")
         seen.set_title("what the network saw", fontsize=8)
         for axes in (photo, seen):
