@@ -128,9 +128,10 @@ def draw_gates(test, title):
     for (means, spread), gate in zip(axes, gates):
         draw_coefficients(means, spread, gate)
         means.set_xticks([])
-    if max(map(np.max, (gate["quantiles"] for gate in gates))) <= 1:  # one scale serves all blocks
+    extremes = [value for gate in gates for values in gate["quantiles"] for value in values]
+    if min(extremes) >= 0 and max(extremes) <= 1:  # one scale serves all blocks
         for spread in axes[:, 1]:
-            spread.set_xlim(min(0, spread.get_xlim()[0]), 1)
+            spread.set(xlim=(0, 1), xticks=(0, 0.25, 0.5, 0.75, 1))
             spread.tick_params(labelbottom=spread is axes[-1, 1])
     axes[0, 0].set_title("mean coefficient of the test images of each class", fontsize=9)
     axes[0, 1].set_title("all: quartiles, extremes", fontsize=9)
@@ -150,13 +151,7 @@ def draw_coefficients(means, spread, gate):
     means.imshow(shown, cmap=SHADES, vmin=low, vmax=high, aspect="auto")
     for (place, column), value in np.ndenumerate(shown):
         colour = "white" if value - low > 0.6 * (high - low) else "black"
-        text = (
-            f"{value:.2f}"
-            if abs(value) < 10
-            else f"{value:.0f}"
-            if abs(value) < 1e5
-            else f"{value:.0e}"
-        )
+        text = f"{value:.2f}" if abs(value) < 10 else f"{value:.3g}"
         means.text(column, place, text, color=colour, ha="center", va="center", fontsize=7)
     means.set_yticks(range(len(shown)), [f"a{number}" for number in range(1, len(shown) + 1)])
     means.set_ylabel(gate["block"])
