@@ -9,6 +9,7 @@ Images stay uint8 until their batch is on the device; there the whole batch is a
 normalised at once. There is no per-image Python work and there are no worker processes.
 """
 
+import functools
 import platform
 import random
 from itertools import islice
@@ -212,8 +213,6 @@ def batches(dataset, name, batch_size, device="cpu", seed=None, epoch=0, start=0
     else:
         shuffle = torch.Generator().manual_seed(stream(seed, epoch))
         sampler = RandomSampler(dataset, generator=shuffle)
-    mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in NORMALISATION[name])
-    scale, shift = 1 / (255 * std), -mean / std
     generator = torch.Generator(device)
     steps = enumerate(BatchSampler(sampler, batch_size, drop_last=False))
     for step, indices in islice(steps, start, None):
@@ -223,7 +222,22 @@ def batches(dataset, name, batch_size, device="cpu", seed=None, epoch=0, start=0
             generator.manual_seed(stream(seed, epoch, step, "augment"))
             batch = augmented(batch, augment, generator)
         batch, targets = parallel.share(batch, labels[indices])
-        yield batch.float().mul_(scale).add_(shift), targets
+        yield normalised(batch, name), targets
+
+
+def normalised(images, name):
+    """uint8 images (N, 3, H, W) as networks of the data set `name` take them: float32, normalised.
+
+    The result is on the images' device.
+    """
+    scale, shift = _scale_and_shift(name, images.device)
+    return images.float().mul_(scale).add_(shift)
+
+
+@functools.cache  # copies to a GPU wait for it: not with every batch
+def _scale_and_shift(name, device):
+    mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in NORMALISATION[name])
+    return 1 / (255 * std), -mean / std
 
 
 def augmented(images, augment, generator):

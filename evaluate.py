@@ -1,33 +1,49 @@
-"""Test figures of a checkpoint: per-class accuracies, loss, confusion matrix.
+"""Test figures of a checkpoint, or what it takes photos for.
 
     python evaluate.py runs/final.pt                  # prints them and adds them to runs/final.json
     python evaluate.py runs/final.pt --device cpu
+    python evaluate.py runs/final.pt --image cat.jpg dog.png     # the likeliest classes of photos
 
-The model is rebuilt from the checkpoint alone.
+The model is rebuilt from the checkpoint alone. A test also writes runs/final-wrong.png, the most
+confidently misclassified images; plot.py draws the other figures. Photos need no data set: they
+are cropped to a square and shrunk, and drawn with the predictions in runs/final-predictions.png.
 """
 
 import argparse
+import contextlib
 import pickle
 import sys
+import warnings
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageOps
 
-from data import CLASSES, EVALUATION_BATCH, batches, choose_device, load
+from data import CLASSES, EVALUATION_BATCH, batches, choose_device, load, normalised
 from history import read_history, write_atomically, write_history
-from model import PRECISIONS, autocast, build_model
+from model import IMAGE_SIZE, PRECISIONS, autocast, build_model
+from options import HelpFormatter
 
 CHECKPOINT_FORMAT = "gated multi-convolution checkpoint 1"
+BINS = 15  # of confidence
+QUANTILES = (0, 0.25, 0.5, 0.75, 1)
+WRONG = 36  # misclassified images kept
+DRAWN = 50  # photos in one picture
+PHOTO = 256  # pixels, the longer side of a photo as it is drawn
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
-        description="Test a checkpoint that train.py wrote.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description=__doc__.partition("\n")[0],
+        epilog=__doc__.partition("\n")[2],
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("checkpoint", type=Path, help="runs/NAME.pt; figures go to runs/NAME.json")
+    parser.add_argument("--image", type=Path, nargs="+", metavar="FILE",
+        help="classify these photos; None: test on the test images")  # fmt: skip
     parser.add_argument("--data-dir", help="where CIFAR-10 is; None: where it was for training")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps ...")
     parser.add_argument(
@@ -100,21 +116,116 @@ def predict(model, loader, precision, after_batch=lambda: None):
     return torch.cat(logits), torch.cat(labels)
 
 
+@contextlib.contextmanager
+def coefficients_kept(model):
+    """Lists, one of each block, that the (N, k) coefficients of every batch are added to."""
+    kept, hooks = [], []
+    for block in model.backbone:
+        kept.append([])
+
+        # The gate itself is shared between blocks, its linear layer is not.
+        def keep(module, inputs, output, gate=block.gate, coefficients=kept[-1]):
+            coefficients.append(gate(output).float())
+
+        hooks.append(block.gate_linear.register_forward_hook(keep))
+    yield kept
+    for hook in hooks:
+        hook.remove()
+
+
+def refuse_infinite(logits):
+    """ValueError if there are no probabilities of these logits."""
+    if not logits.isfinite().all():
+        raise ValueError("the network's outputs are NaN or infinite: train it with a lower --lr")
+
+
 def test_figures(logits, labels, classes):
     """Figures of logits (N, 10) against labels (N,), as train.py's history keeps them.
 
-    Accuracies are percentages; the confusion matrix counts, its rows are the true classes.
+    Accuracies, confidences and the calibration error are percentages; the confusion matrix counts,
+    its rows are the true classes.
     """
     pairs = labels * len(classes) + logits.argmax(1)
     confusion = pairs.bincount(minlength=len(classes) ** 2).view(len(classes), len(classes))
     correct = confusion.diagonal()
     per_class = 100 * correct / confusion.sum(1).clamp(min=1)
+    percentages = 100 * logits.softmax(1)
     return {
         "accuracy": 100 * correct.sum().item() / len(labels),
         "loss": F.cross_entropy(logits, labels).item(),
         "images": len(labels),
         "per_class": dict(zip(classes, per_class.tolist())),
         "confusion": confusion.tolist(),
+        "calibration": calibration(percentages, labels),
+        "wrong": most_wrong(percentages, labels, classes),
+    }
+
+
+def calibration(percentages, labels):
+    """The expected calibration error ("ece") of probabilities (N, 10), and the bins it is from.
+
+    Each bin has the mean confidence and the accuracy of its images, None if it has no image: all
+    in per cent. A confidence between two bins belongs to the lower one.
+    """
+    confidence, predicted = percentages.max(1)
+    correct = 100.0 * (predicted == labels)
+    places = (confidence * BINS / 100).ceil().clamp(1, BINS) - 1
+    bins, error = [], 0
+    for place in range(BINS):
+        inside = places == place
+        figures = {"confidence": None, "accuracy": None, "count": inside.sum().item()}
+        if figures["count"]:
+            figures["confidence"] = confidence[inside].mean().item()
+            figures["accuracy"] = correct[inside].mean().item()
+            error += figures["count"] * abs(figures["confidence"] - figures["accuracy"])
+        bins.append(figures)
+    return {"bins": bins, "ece": error / len(labels)}
+
+
+def most_wrong(percentages, labels, classes):
+    """The misclassified images of probabilities (N, 10), in per cent, the most confident first."""
+    confidence, predicted = percentages.max(1)
+    wrong = (predicted != labels).nonzero().flatten()
+    order = confidence[wrong].argsort(descending=True, stable=True)
+    return [
+        {
+            "index": index,
+            "true": classes[labels[index]],
+            "predicted": classes[predicted[index]],
+            "confidence": confidence[index].item(),
+        }
+        for index in wrong[order[:WRONG]].tolist()
+    ]
+
+
+def gate_figures(coefficients, labels, classes):
+    """Figures of a block's coefficients (N, k): means of each class (10, k), quantiles (k, 5)."""
+    members = F.one_hot(labels, len(classes)).T.float()
+    means = members @ coefficients / members.sum(1, keepdim=True).clamp(min=1)
+    levels = torch.tensor(QUANTILES, device=coefficients.device)
+    return {
+        "mean_per_class": means.tolist(),
+        "quantiles": coefficients.quantile(levels, dim=0).T.tolist(),
+    }
+
+
+def first_kernels(model):
+    """The first block's kernels, nested lists (k, out, 3, 3, 3), rounded to 4 digits."""
+    block = model.backbone[0]
+    kernels = block.convs.weight.detach().unflatten(0, (block.k, block.out_channels))
+    return kernels.double().round(decimals=4).tolist()
+
+
+def figures_of(model, loader, precision, classes):
+    """All figures that a history keeps of a model on a loader: test_figures', gates and kernels."""
+    with coefficients_kept(model) as kept:
+        logits, labels = predict(model, loader, precision)
+    refuse_infinite(logits)
+    names = [name for name, _ in model.backbone.named_children()]
+    gates = [gate_figures(torch.cat(batches), labels, classes) for batches in kept]
+    return test_figures(logits, labels, classes) | {
+        "gates": [{"block": name} | gate for name, gate in zip(names, gates)],
+        "kernels": first_kernels(model),
     }
 
 
@@ -129,7 +240,7 @@ def evaluate(args):
     dataset = checkpoint["config"]["dataset"]
     images = load(dataset, args.data_dir or checkpoint["config"]["data_dir"], train=False)
     loader = batches(images, dataset, EVALUATION_BATCH, device)
-    figures = test_figures(*predict(model, loader, args.precision), CLASSES[dataset])
+    figures = figures_of(model, loader, args.precision, CLASSES[dataset])
 
     if history is None:
         print(f"{history_path} is not there: the figures are only printed", file=sys.stderr)
@@ -140,11 +251,88 @@ def evaluate(args):
     print(f"{'loss':>12} {figures['loss']:7.4f}")
     print(f"Final Model Test Accuracy: {figures['accuracy']:.2f}%")
 
+    import gallery  # here, since train.py imports this file and need not wait for matplotlib
+
+    indices = [one["index"] for one in figures["wrong"]]
+    shown = images.tensors[0][indices].permute(0, 2, 3, 1).numpy()
+    figure = gallery.draw_wrong(shown, figures["wrong"], args.checkpoint.stem)
+    gallery.save(figure, args.checkpoint.with_name(f"{args.checkpoint.stem}-wrong.png"))
+
+
+def read_photo(path):
+    """The image in a file, upright and over white: a PIL image of mode RGB.
+
+    Of an animation it is the first frame. ValueError says why there is none.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: there is no such file")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                image.load()
+                image = ImageOps.exif_transpose(image)
+        return _as_rgb(image)
+    except Exception as error:  # a damaged file can make PIL's decoders raise nearly anything
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path}: not an image, or a damaged one ({reason})") from error
+
+
+def _as_rgb(image):
+    """A PIL image of any mode as RGB; what is transparent turns white."""
+    if image.mode.startswith(("I", "F")):  # 16 bits a pixel, or unknown units: PIL would clip them
+        pixels = np.nan_to_num(np.asarray(image, dtype=np.float32))
+        low, high = (0, 65535) if image.mode[0] == "I" else (pixels.min(), pixels.max())
+        pixels = 255 * (pixels - low) / max(high - low, 1e-9)
+        image = Image.fromarray(pixels.clip(0, 255).round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def classify(args):
+    """Print the likeliest classes of the photos args.image, draw them, return whether all were."""
+    device = choose_device(args.device)
+    checkpoint = load_checkpoint(args.checkpoint)
+    model = rebuild(checkpoint, args.checkpoint).to(device)
+    dataset = checkpoint["config"]["dataset"]
+    predictions = []
+    for path in args.image:
+        try:
+            photo = read_photo(path)
+        except ValueError as error:
+            print(f"evaluate.py: error: {error}", file=sys.stderr)
+            continue
+        small = np.array(ImageOps.fit(photo, (IMAGE_SIZE, IMAGE_SIZE)))  # the middle, bicubic
+        images = normalised(torch.from_numpy(small).permute(2, 0, 1)[None].to(device), dataset)
+        logits, _ = predict(model, [(images, torch.zeros(1))], args.precision)
+        refuse_infinite(logits)
+        percentages = (100 * logits[0].softmax(0)).tolist()
+        likeliest = sorted(zip(percentages, CLASSES[dataset]), reverse=True)[:3]
+        print(f"{path}: " + ", ".join(f"{name} {value:.1f} %" for value, name in likeliest))
+        photo.thumbnail((PHOTO, PHOTO))
+        predictions.append((path.name, np.array(photo), small, percentages))
+
+    if predictions:
+        import gallery  # see evaluate
+
+        if len(predictions) > DRAWN:
+            print(f"the picture shows the first {DRAWN} of them", file=sys.stderr)
+        stem = args.checkpoint.stem
+        figure = gallery.draw_predictions(predictions[:DRAWN], CLASSES[dataset], stem)
+        gallery.save(figure, args.checkpoint.with_name(f"{stem}-predictions.png"))
+    return len(predictions) == len(args.image)
+
 
 def main(argv=None):
     args = parse_args(argv)
     try:
-        evaluate(args)
+        if not args.image:
+            evaluate(args)
+        elif not classify(args):
+            sys.exit(1)
     except (OSError, ValueError) as error:
         sys.exit(f"evaluate.py: error: {error}")
 

@@ -2,10 +2,15 @@
 
 python plot.py runs/row4.json               # runs/row4.png: loss and accuracy over the epochs
 python plot.py runs/*.json                  # all of them, runs/comparison.png and runs/results.md
-python plot.py results/*.json --out docs    # the same into another folder
+python plot.py runs/row4*.json              # several seeds of a row in one picture
+python plot.py runs/*.json --out docs       # the same into another folder
+python plot.py runs/row4.json --format pdf --title "Row 4 of the report"
+python plot.py runs/row4.json --watch       # again whenever it changes, until it is finished
 
-Runs that differ in nothing but their seed make one row: their mean, and its spread. An unfinished
-run is drawn as far as it got.
+Runs that differ in nothing but their seed make one row: their mean, and a band from the lowest to
+the highest. An unfinished run is drawn as far as it got; a row's figures are those of its finished
+runs, if it has any. A run that evaluate.py tested has two pictures more, runs/row4-test.png and
+runs/row4-gates.png. --watch draws in a window where there is a display, else into the file.
 """
 
 import argparse
@@ -13,17 +18,18 @@ import json
 import statistics
 import sys
 import textwrap
-from itertools import cycle, product
+import time
+from itertools import cycle, zip_longest
 from pathlib import Path
 
-from matplotlib.figure import Figure
+import numpy as np
 
+from gallery import BLUE, COLOURS, ORANGE, WIDTH, draw_gates, draw_test, save, style, titled
 from history import hyperparameters, read_history, write_atomically
 
-# Okabe and Ito's colours, which the colour-blind can tell apart; in grey the dashes do.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-BLUE, ORANGE = COLOURS[:2]
 DASHES = ("-", "--", "-.", ":")
+WATCH_SECONDS = 3  # between two looks at a run
+HEADER = "row hyperparameters parameters reported measured difference seconds".split()
 
 
 def parse_args(argv=None):
@@ -32,9 +38,30 @@ def parse_args(argv=None):
         epilog=__doc__.partition("\n")[2],
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("histories", nargs="+", type=Path, help="runs/NAME.json")
-    parser.add_argument("--out", type=Path, help="folder to write to (default: the histories')")
-    return parser.parse_args(argv)
+    add = parser.add_argument
+    add("histories", nargs="+", type=Path, help="runs/NAME.json")
+    add("--out", type=Path, help="folder to write to (default: the histories')")
+    add("--format", choices=("png", "svg", "pdf"), default="png", help="(default: png)")
+    add("--title", help="of the pictures; of several rows, of their comparison (default: the name)")
+    add("--watch", action="store_true", help="follow one run's curves (default: draw once)")
+    args = parser.parse_args(argv)
+    args.histories = list(dict.fromkeys(args.histories))
+    if args.watch and len(args.histories) > 1:
+        parser.error(f"--watch follows one run, not {len(args.histories)}: give one history")
+    return args
+
+
+def read(path):
+    """The history in a file, its figures checked too. OSError or ValueError say what is wrong."""
+    history = read_history(path)
+    figures = {"reported": history.setdefault("reported", None)}
+    if "test" in history:
+        test = history["test"] if isinstance(history["test"], dict) else {}
+        figures["test accuracy"] = test.get("accuracy", "missing")
+    for name, value in figures.items():
+        if not isinstance(value, (int, float)) and (name, value) != ("reported", None):
+            raise ValueError(f"{path} is not a history that train.py wrote: {name} is no number")
+    return history
 
 
 def measured(history):
@@ -56,122 +83,200 @@ def rows_of(histories):
     return list(rows.values())
 
 
-def draw_run(history):
-    """A Figure of one run: loss and accuracy per epoch, and the loss of every batch if kept."""
-    panels = 3 if history["batch_losses"] else 2
-    figure = Figure(figsize=(4 * panels, 3.5), layout="constrained")
-    figure.suptitle(history["name"])
-    loss, accuracy, *batch = figure.subplots(1, panels)
-    draw_epochs(loss, history["epochs"], "loss", "loss")
-    draw_epochs(accuracy, history["epochs"], "accuracy", "accuracy (%)")
-    if batch:
-        losses = history["batch_losses"]
-        batch[0].plot(losses, color=BLUE, alpha=0.3, linewidth=0.5, label="each batch")
-        window = max(1, len(losses) // 50)
-        starts = range(0, len(losses) - window + 1, window)
-        means = [statistics.fmean(losses[start : start + window]) for start in starts]
-        middles = [window * (i + 0.5) for i in range(len(means))]
-        batch[0].plot(middles, means, color=BLUE, label=f"mean of {window}")
-        batch[0].legend(frameon=False)
-        style(batch[0], "batch", "training loss")
+def row_name(row, name=None):
+    """What a row is called: its first run's name (or file name), less the seed of several runs."""
+    name, seed = name or row[0]["name"], row[0]["config"].get("seed")
+    if len(row) > 1:
+        name = name.removesuffix(f"-seed{seed}").removesuffix(f"-seed-{seed}")
+    return name
+
+
+def settled(row):
+    """The runs that a row's figures are of: its finished ones, or all where none is."""
+    return [history for history in row if history["finished"]] or row
+
+
+def finals(row):
+    """The accuracies (%) that the settled runs of a row end with; none of one without an epoch."""
+    return [value for value in map(measured, settled(row)) if value is not None]
+
+
+def unfinished(row):
+    """' (unfinished, epoch 3 of 15)' of the first run of a row that is, else nothing."""
+    for history in row:
+        if not history["finished"]:
+            epochs = history["config"].get("epochs", "?")
+            return f" (unfinished, epoch {len(history['epochs'])} of {epochs})"
+    return ""
+
+
+def spread(series):
+    """(means, lowest, highest) of several lists of numbers, place by place, as arrays.
+
+    Where some lists have ended they are those of the others.
+    """
+    places = [[v for v in place if v is not None] for place in zip_longest(*series)]
+    return [np.array([of(place) for place in places]) for of in (statistics.fmean, min, max)]
+
+
+def draw_run(row, title=None, figure=None):
+    """A Figure of a row, one run or several seeds: loss and accuracy per epoch, loss per batch.
+
+    It is a new one, or `figure` drawn anew.
+    """
+    batch_losses = [history["batch_losses"] for history in row if history["batch_losses"]]
+    seeds = f", mean and range of {len(row)} seeds" if len(row) > 1 else ""
+    title = title or row_name(row) + seeds
+    figure = titled(title + unfinished(row), 5.4 if batch_losses else 3, figure)
+    batch_panel = [["batches", "batches"]] if batch_losses else []
+    axes = figure.subplot_mosaic([["loss", "accuracy"], *batch_panel])
+    draw_epochs(axes["loss"], row, "loss", "loss")
+    draw_epochs(axes["accuracy"], row, "accuracy", "accuracy (%)")
+    if batch_losses:
+        draw_batches(axes["batches"], batch_losses)
     return figure
 
 
-def draw_epochs(axes, epochs, quantity, label):
-    """Training and validation of a quantity over the epochs, the last values written beside."""
-    numbers = [epoch["epoch"] for epoch in epochs]
-    for kind, name, colour, dash in (
-        ("train", "training", BLUE, "-"),
-        ("val", "validation", ORANGE, "--"),
+def draw_epochs(axes, row, quantity, label):
+    """Training and validation of a quantity over the epochs, grey where the two part company."""
+    means = {}
+    for kind, name, colour, shape in (
+        ("train", "training", BLUE, "o-"),
+        ("val", "validation", ORANGE, "s--"),
     ):
-        values = [epoch[f"{kind}_{quantity}"] for epoch in epochs]
-        marker = "o" if len(values) <= 30 else None
-        axes.plot(numbers, values, dash, color=colour, marker=marker, markersize=3, label=name)
-        if values:
-            upper = values[-1] == max(
-                epochs[-1][f"{other}_{quantity}"] for other in ("train", "val")
-            )
-            side = "bottom" if upper else "top"  # so that the two numbers do not overlap
-            axes.annotate(f" {values[-1]:.2f}", (numbers[-1], values[-1]), color=colour, va=side)
-    axes.legend(frameon=False)
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.margins(x=0.12)
+        series = [[epoch[f"{kind}_{quantity}"] for epoch in run["epochs"]] for run in row]
+        means[kind], low, high = spread(series)
+        epochs = np.arange(1, len(low) + 1)
+        every = max(1, len(epochs) // 15)  # enough to tell the two apart in grey
+        axes.plot(epochs, means[kind], shape, color=colour, markersize=3.5, markevery=every,
+                  linewidth=1.4, label=name)  # fmt: skip
+        if len(row) > 1:
+            axes.fill_between(epochs, low, high, color=colour, alpha=0.3, linewidth=0)
+    train, val = means.values()
+    if len(epochs):
+        axes.fill_between(epochs, train, val, color="black", alpha=0.1, linewidth=0, label="gap")
+        above = train[-1] >= val[-1]  # so that the two numbers do not overlap
+        for values, colour, upper in ((train, BLUE, above), (val, ORANGE, not above)):
+            axes.annotate(
+                f"{values[-1]:.2f}", (len(values), values[-1]), xytext=(6, 0), color=colour,
+                textcoords="offset points", va="bottom" if upper else "top", fontsize=8,
+            )  # fmt: skip
+        axes.legend(frameon=False, fontsize=8)
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+        axes.margins(y=0.12)  # for the numbers
+    else:
+        axes.text(0.5, 0.5, "no epoch yet", ha="center", transform=axes.transAxes)
+        axes.set(xticks=[], yticks=[])
     style(axes, "epoch", label)
 
 
-def draw_comparison(rows):
+def draw_batches(axes, batch_losses):
+    """The training loss of every batch, and its running mean; of several runs, mean and band."""
+    shortest = min(map(len, batch_losses))
+    window = min(shortest, max(2, shortest // 50))
+    means, low, high = spread([running_mean(losses, window) for losses in batch_losses])
+    middles = np.arange(len(means)) + (window + 1) / 2
+    losses = np.concatenate(batch_losses)
+    if len(batch_losses) == 1:
+        axes.plot(np.arange(1, len(losses) + 1), losses, color=BLUE, alpha=0.35, linewidth=0.5,
+                  label="each batch")  # fmt: skip
+    else:
+        axes.fill_between(middles, low, high, color=BLUE, alpha=0.35, linewidth=0)
+    axes.plot(middles, means, color="black", linewidth=1.2, label=f"mean of {window}")
+    usual, highest = np.percentile(losses, 99), losses.max()
+    if highest > 3 * usual > 0:  # the first batches: they would flatten all others
+        axes.set_ylim(0, 1.2 * usual)
+        axes.set_title(f"above: up to {highest:.3g}", loc="left", fontsize=8)
+    axes.legend(frameon=False, fontsize=8)
+    style(axes, "batch", "training loss")
+
+
+def running_mean(values, window):
+    """The means of every `window` consecutive values."""
+    sums = np.cumsum([0, *values])
+    return ((sums[window:] - sums[:-window]) / window).tolist()
+
+
+def draw_comparison(rows, title=None):
     """A Figure of all rows: reported beside measured accuracy, and accuracy over the epochs."""
-    height = max(4, 1.5 + 0.4 * len(rows))
-    figure = Figure(figsize=(13, height), layout="constrained")
-    dots, curves = figure.subplots(1, 2)
-    names = [textwrap.fill(row[0]["name"], 30) for row in rows]
-    for place, row in enumerate(rows):
-        reported, values = row[0]["reported"], finals(row)
-        if reported is not None:
-            dots.plot(reported, place, "o", color=ORANGE, fillstyle="none", label="reported")
-        if values:
-            dots.plot(values, [place] * len(values), "-", color=BLUE)
-            mean = statistics.fmean(values)
-            dots.plot(mean, place, "D", color=BLUE, markersize=5, label="measured")
-    dots.set_yticks(range(len(rows)), names)
-    dots.invert_yaxis()
-    labelled = dict(zip(*reversed(dots.get_legend_handles_labels())))  # each label once
-    dots.legend(labelled.values(), labelled.keys(), frameon=False)
-    style(dots, "accuracy (%)", "")
-    for name, row, (dash, colour) in zip(names, rows, cycle(product(DASHES, COLOURS))):
-        for number, history in enumerate(row):
-            epochs = [epoch["epoch"] for epoch in history["epochs"]]
-            values = [epoch["val_accuracy"] for epoch in history["epochs"]]
-            label = None if number else name
-            curves.plot(epochs, values, dash, color=colour, linewidth=1.2, label=label)
-    curves.xaxis.get_major_locator().set_params(integer=True)
-    curves.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
+    names = [textwrap.fill(row_name(row), 32) for row in rows]
+    lines = sum(name.count("\n") + 1 for name in names)
+    dots_height, curves_height = 1.2 + 0.2 * lines, max(3, 0.4 + 0.15 * lines)
+    figure = titled(title or "", dots_height + curves_height)
+    parts = figure.subfigures(2, 1, height_ratios=[dots_height, curves_height])
+    dots, curves = (part.subplots() for part in parts)  # each as wide as its names allow
+    draw_dots(dots, rows, names)
+    for name, row, (dash, colour) in zip(names, rows, zip(cycle(DASHES), cycle(COLOURS))):
+        series = [[epoch["val_accuracy"] for epoch in history["epochs"]] for history in row]
+        means, low, high = spread(series)
+        epochs = np.arange(1, len(means) + 1)
+        marker = "o" if len(means) == 1 else None
+        curves.plot(epochs, means, dash, color=colour, linewidth=1.4, marker=marker, label=name)
+        if len(row) > 1:
+            curves.fill_between(epochs, low, high, color=colour, alpha=0.2, linewidth=0)
+    curves.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    curves.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     style(curves, "epoch", "validation accuracy (%)")
     return figure
 
 
-def style(axes, x_label, y_label):
-    """What all axes share."""
-    axes.set(xlabel=x_label, ylabel=y_label)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.25)
-
-
-def finals(row):
-    """The accuracies that the runs of a row end with, those without an epoch left out."""
-    return [value for value in map(measured, row) if value is not None]
+def draw_dots(axes, rows, names):
+    """Reported and measured accuracy of each row as dots; several seeds as ticks on a line."""
+    for place, row in enumerate(rows):
+        values = finals(row)
+        if len(values) > 1:
+            axes.plot(sorted(values), [place] * len(values), "|-", color=BLUE, label="seeds")
+        if row[0]["reported"] is not None:
+            axes.plot(row[0]["reported"], place, "o", color=ORANGE, fillstyle="none",
+                      markersize=9, markeredgewidth=1.5, label="reported")  # fmt: skip
+        if values:
+            mean = statistics.fmean(values)
+            axes.plot(mean, place, "D", color=BLUE, markersize=4.5, label="measured")
+    axes.set_yticks(range(len(rows)), names, fontsize=8)
+    axes.set_ylim(len(rows) - 0.5, -0.5)  # the first row on top
+    labelled = dict(zip(*reversed(axes.get_legend_handles_labels())))  # each label once
+    axes.legend(labelled.values(), labelled.keys(), frameon=False, fontsize=8, ncols=3,
+                loc="lower center", bbox_to_anchor=(0.5, 1))  # fmt: skip
+    style(axes, "accuracy (%)", "")
 
 
 def table(rows):
-    """The results as Markdown: a line per row, with the hyperparameters that not all share."""
+    """The results as aligned Markdown: a line per row, with the options that not all share."""
     configs = [hyperparameters(row[0]["config"]) for row in rows]
     shared = {key for key in configs[0] if all(c.get(key) == configs[0][key] for c in configs)}
-    lines = [
-        "| row | hyperparameters | reported | measured | difference |",
-        "| --- | --- | ---: | ---: | ---: |",
-    ]
+    lines = [HEADER]
     for row, config in zip(rows, configs):
         shown = ({"arch", "k"} | (config.keys() - shared)) - {"seed"}
-        options = ", ".join(
-            f"{key.replace('_', ' ')} {plain(config[key])}" for key in config if key in shown
-        )
-        reported, values = row[0]["reported"], finals(row)
-        mean = statistics.fmean(values) if values else None
-        result = "not yet" if mean is None else f"{mean:.2f} %"
-        if len(values) > 1:
-            result += f" ± {statistics.stdev(values):.2f} (n = {len(values)})"
-        if not all(history["finished"] for history in row):
-            result += f" (unfinished, epoch {len(row[-1]['epochs'])} of {config['epochs']})"
-        known = mean is not None and reported is not None
-        cells = (
-            row[0]["name"],
-            options,
-            "" if reported is None else f"{reported:.2f} %",
-            result,
-            f"{mean - reported:+.2f}" if known else "",
-        )
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        words = [f"{key.replace('_', ' ')} {plain(config[key])}" for key in config if key in shown]
+        cells = [row_name(row), ", ".join(words), *figures(row)]
+        lines.append([cell.replace("|", "\\|") for cell in cells])
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    rule = ["-" * width for width in widths[:2]] + ["-" * (width - 1) + ":" for width in widths[2:]]
+    lines.insert(1, rule)
+    for line in lines:
+        line[:] = [
+            cell.ljust(width) if place < 2 else cell.rjust(width)
+            for place, (cell, width) in enumerate(zip(line, widths))
+        ]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def figures(row):
+    """A row's cells in the table from "parameters" on."""
+    parameters, reported, values = row[0].get("parameters"), row[0]["reported"], finals(row)
+    mean = statistics.fmean(values) if values else None
+    result = "not yet" if mean is None else f"{mean:.2f} %"
+    if len(values) > 1:
+        result += f" ± {statistics.stdev(values):.2f} (n = {len(values)})"
+    known = mean is not None and reported is not None
+    seconds = [sum(epoch["seconds"] for epoch in run["epochs"]) for run in settled(row)]
+    return [
+        f"{parameters:,}" if isinstance(parameters, int) else "",
+        "" if reported is None else f"{reported:.2f} %",
+        result + unfinished(row),
+        f"{mean - reported:+.2f}" if known else "",
+        f"{statistics.fmean(seconds):,.1f}" if mean is not None else "",
+    ]
 
 
 def plain(value):
@@ -184,39 +289,115 @@ def plain(value):
 
 def main(argv=None):
     args = parse_args(argv)
-    histories, failed = [], False
-    for path in args.histories:
-        try:
-            histories.append((path, read_history(path)))
-        except (OSError, ValueError) as error:
-            print(f"plot.py: error: {error}", file=sys.stderr)
-            failed = True
     try:
-        if histories:
-            draw_all(histories, args.out)
-    except OSError as error:
+        failed = watch(args) if args.watch else draw_all(args)
+    except (OSError, ValueError) as error:
         sys.exit(f"plot.py: error: {error}")
+    except KeyboardInterrupt:
+        failed = 0 if args.watch else 130  # to watch ends so
     sys.exit(failed)
 
 
-def draw_all(histories, out):
-    """Write a picture of each (path, history), the table, and of several also the comparison."""
-    for path, history in histories:
-        save(draw_run(history), (out or path.parent) / f"{path.stem}.png")
-    folder = out or histories[0][0].parent
-    rows = rows_of([history for _, history in histories])
+def draw_all(args):
+    """Write every picture and the table. Returns whether something could not be read or drawn."""
+    runs, failed = {}, False
+    for path in args.histories:
+        try:
+            runs[path] = read(path)
+        except (OSError, ValueError) as error:
+            failed = complain(error)
+    if not runs:
+        return failed
+    paths = {id(run): path for path, run in runs.items()}
+    rows = rows_of(runs.values())
+    title = args.title if len(rows) == 1 else None
+    targets = {}
+    for row in rows:
+        first = paths[id(row[0])]
+        path = target(args, first, row_name(row, first.stem))
+        if path in targets:
+            raise ValueError(f"{path} would be the picture of two rows: draw them one by one")
+        targets[path] = row
+    for path, row in targets.items():
+        save(draw_run(row, title), path)
+    for path, run in runs.items():
+        failed |= draw_tested(args, path, run, title)
+    first = next(iter(runs))
     if len(rows) > 1:
-        save(draw_comparison(rows), folder / "comparison.png")
+        save(draw_comparison(rows, args.title), target(args, first, "comparison"))
     results = table(rows)
-    write_atomically(folder / "results.md", lambda file: file.write(results.encode()))
+    path = target(args, first, "results").with_suffix(".md")
+    write_atomically(path, lambda file: file.write(results.encode()))
     print(results, end="")
+    return failed
 
 
-def save(figure, path):
-    """Write a Figure to a file of its own folder, and say so."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, lambda file: figure.savefig(file, format=path.suffix[1:], dpi=150))
-    print(path, file=sys.stderr)
+def draw_tested(args, path, run, title):
+    """Write the pictures of a run's test figures, those it has. Returns whether that failed."""
+    test, failed = run.get("test", {}), False
+    for name, draw, needed in (
+        ("test", draw_test, {"images", "per_class", "confusion", "calibration"}),
+        ("gates", draw_gates, {"per_class", "gates", "kernels"}),
+    ):
+        if needed <= test.keys():
+            try:
+                figure = draw(test, title or run["name"])
+            except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+                failed = complain(
+                    f"{path}: its test figures are damaged, evaluate it again ({error})"
+                )
+            else:
+                save(figure, target(args, path, f"{path.stem}-{name}"))
+    return failed
+
+
+def target(args, history, name):
+    """The file that a picture of that name goes to, beside its history unless --out says else."""
+    return (args.out or history.parent) / f"{name}.{args.format}"
+
+
+def complain(problem):
+    """Say on stderr what is wrong; True."""
+    print(f"plot.py: error: {problem}", file=sys.stderr)
+    return True
+
+
+def watch(args):
+    """Draw a run's curves whenever its history changes, until it is finished. Returns False.
+
+    The last picture is in the file. In a window they end, too, when it is closed.
+    """
+    (path,) = args.histories
+    window, closed, drawn = open_window(), [], None
+    if window:
+        window.canvas.mpl_connect("close_event", closed.append)
+    while not closed:
+        changed = path.stat().st_mtime_ns
+        if changed != drawn:
+            run, drawn = read(path), changed
+            if window:
+                draw_run([run], args.title, window)
+                window.canvas.draw_idle()
+            if run["finished"] or not window:
+                save(draw_run([run], args.title), target(args, path, path.stem))
+            if run["finished"]:
+                break
+        (window.canvas.start_event_loop if window else time.sleep)(WATCH_SECONDS)
+    return False
+
+
+def open_window():
+    """An empty Figure in a window; None where there is no display."""
+    from matplotlib import pyplot  # here, since nothing else needs it
+
+    try:
+        figure = pyplot.figure(figsize=(WIDTH, 5.4), layout="constrained")
+    except ImportError:  # of a backend that was asked for and finds no display
+        return None
+    if not figure.canvas.required_interactive_framework:
+        return None
+    figure.show()
+    return figure
 
 
 if __name__ == "__main__":

@@ -1,8 +1,11 @@
 import re
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+import data
 import evaluate
 from history import read_history
 
@@ -55,3 +58,168 @@ def test_a_checkpoint_alone_is_enough(run, tmp_path, capsys):
     assert "Final Model Test Accuracy" in output.out
     assert "elsewhere.json is not there" in output.err
     assert not (tmp_path / "elsewhere.json").exists()
+
+
+def test_calibration_of_a_hand_made_example():
+    percentages = torch.tensor([[70.0, 30], [30, 70], [10, 90], [95, 5]])
+    figures = evaluate.calibration(percentages, torch.tensor([0, 0, 1, 0]))
+    assert [part["count"] for part in figures["bins"]] == [0] * 10 + [2, 0, 0, 1, 1]
+    assert figures["bins"][10] == {"confidence": 70, "accuracy": 50, "count": 2}
+    assert figures["bins"][0] == {"confidence": None, "accuracy": None, "count": 0}
+    assert figures["ece"] == pytest.approx((2 * 20 + 10 + 5) / 4)
+
+
+def test_the_wrong_images_come_with_the_most_confident_first():
+    percentages = torch.tensor([[60.0, 40], [20, 80], [1, 99], [55, 45]])
+    wrong = evaluate.most_wrong(percentages, torch.tensor([1, 0, 1, 0]), ["a", "b"])
+    assert wrong == [
+        {"index": 1, "true": "a", "predicted": "b", "confidence": 80},
+        {"index": 0, "true": "b", "predicted": "a", "confidence": 60},
+    ]
+
+
+def test_gate_figures_of_a_hand_made_example():
+    coefficients = torch.tensor([[0.0, 1.0], [0.5, 0.5], [1.0, 0.0]])
+    figures = evaluate.gate_figures(coefficients, torch.tensor([0, 0, 1]), ["a", "b"])
+    assert figures["mean_per_class"] == [[0.25, 0.75], [1, 0]]
+    assert figures["quantiles"] == [[0, 0.25, 0.5, 0.75, 1]] * 2
+
+
+def test_every_gate_is_kept_and_softmax_means_sum_to_one(evaluated):
+    gates = evaluated[0]["test"]["gates"]
+    assert [gate["block"] for gate in gates] == ["block1", "block2"]
+    for gate in gates:
+        assert np.sum(gate["mean_per_class"], axis=1) == pytest.approx(np.ones(10), abs=1e-5)
+        assert np.shape(gate["quantiles"]) == (2, 5)
+        assert (np.diff(gate["quantiles"]) >= 0).all()
+
+
+def test_the_kept_coefficients_are_the_blocks_own():
+    torch.manual_seed(0)
+    model = evaluate.build_model({"arch": [4, 8], "k": 2, "fc": 1}).eval()
+    images = torch.randn(3, 3, 32, 32)
+    with evaluate.coefficients_kept(model) as kept:
+        model(images)
+    model(images)  # not kept any more
+    inputs = [images, model.backbone[0](images)]
+    for block, (coefficients,), given in zip(model.backbone, kept, inputs):
+        torch.testing.assert_close(coefficients, block.coefficients(given))
+
+
+def test_the_first_kernels_are_kept_with_four_digits(evaluated, tmp_path):
+    kernels = evaluated[0]["test"]["kernels"]
+    weights = evaluate.load_checkpoint(tmp_path / "run.pt")["weights"]
+    assert np.shape(kernels) == (2, 4, 3, 3, 3)
+    expected = weights["backbone.block1.convs.weight"].view(2, 4, 3, 3, 3)
+    assert np.allclose(kernels, expected, rtol=0, atol=0.00006)
+    assert kernels[1][3][2][1][0] == round(kernels[1][3][2][1][0], 4)
+
+
+def test_the_wrong_images_are_drawn(evaluated, tmp_path):
+    wrong = evaluated[0]["test"]["wrong"]
+    assert len(wrong) == 36
+    assert all(one["true"] != one["predicted"] for one in wrong)
+    with Image.open(tmp_path / "run-wrong.png") as picture:
+        assert picture.format == "PNG"
+
+
+def test_infinite_outputs_are_refused():
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        evaluate.refuse_infinite(torch.tensor([[1.0, float("nan")]]))
+
+
+@pytest.fixture
+def red(tmp_path):
+    """red(mode, **options): a file with an image of that mode, 40 x 30, as red as that can be."""
+
+    def save(mode, suffix=".png", **options):
+        path = tmp_path / f"{mode.replace(';', '-')}{suffix}"
+        Image.new("RGB", (40, 30), "red").convert(mode).save(path, **options)
+        return path
+
+    return save
+
+
+@pytest.mark.parametrize(
+    "mode, suffix, colour",
+    [
+        ("RGB", ".png", (255, 0, 0)),
+        ("RGBA", ".png", (255, 0, 0)),
+        ("P", ".png", (255, 0, 0)),
+        ("CMYK", ".tif", (255, 0, 0)),
+        ("L", ".png", (76, 76, 76)),
+        ("LA", ".png", (76, 76, 76)),
+    ],
+)
+def test_photos_of_every_mode_are_read(red, mode, suffix, colour):
+    photo = evaluate.read_photo(red(mode, suffix))
+    assert (photo.mode, photo.size) == ("RGB", (40, 30))
+    assert np.allclose(photo.getpixel((20, 15)), colour, atol=1)
+
+
+def test_16_bits_become_8(tmp_path):
+    Image.fromarray(np.full((5, 5), 0x8080, np.uint16)).save(tmp_path / "deep.png")
+    assert evaluate.read_photo(tmp_path / "deep.png").getpixel((2, 2)) == (128, 128, 128)
+
+
+def test_one_pixel_is_enough(tmp_path):
+    Image.new("1", (1, 1), 1).save(tmp_path / "dot.png")
+    assert evaluate.read_photo(tmp_path / "dot.png").getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_what_is_transparent_is_white(tmp_path):
+    Image.new("RGBA", (5, 5), (255, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert evaluate.read_photo(tmp_path / "clear.png").getpixel((2, 2)) == (255, 255, 255)
+
+
+def test_photos_are_turned_upright(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held on its side
+    Image.new("RGB", (40, 30)).save(tmp_path / "side.jpg", exif=exif)
+    assert evaluate.read_photo(tmp_path / "side.jpg").size == (30, 40)
+
+
+def test_of_an_animation_the_first_frame_counts(tmp_path):
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
+    assert evaluate.read_photo(tmp_path / "moving.gif").getpixel((4, 4)) == (255, 0, 0)
+
+
+def test_photos_are_classified_without_a_data_set(run, tmp_path, capsys, monkeypatch):
+    run()
+    image = data.load("shapes", train=False).tensors[0][0]
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / "first.png")
+    model = evaluate.rebuild(evaluate.load_checkpoint(tmp_path / "run.pt"), "run.pt").eval()
+    ((images, _),) = data.batches(data.load("shapes", train=False), "shapes", 1_000)
+    likeliest = (100 * model(images[:1])[0].softmax(0)).topk(3)
+    capsys.readouterr()
+    monkeypatch.delattr(evaluate, "load")
+    evaluate.main([str(tmp_path / "run.pt"), "--image", str(tmp_path / "first.png")])
+    pairs = zip(likeliest.indices.tolist(), likeliest.values.tolist())
+    expected = ", ".join(f"{data.CLASSES['shapes'][i]} {value:.1f} %" for i, value in pairs)
+    assert capsys.readouterr().out == f"{tmp_path / 'first.png'}: {expected}\n"
+    assert (tmp_path / "run-predictions.png").exists()
+    assert not (tmp_path / "run-wrong.png").exists()
+
+
+def test_files_that_are_no_images_are_named_and_the_others_classified(
+    run, red, tmp_path, capsys, monkeypatch
+):
+    run()
+    good, cut = red("RGB", ".jpg"), tmp_path / "cut.jpg"
+    cut.write_bytes(good.read_bytes()[:-20])
+    (tmp_path / "text.png").write_text("not an image")
+    Image.new("1", (200, 200)).save(tmp_path / "bomb.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 30_000)
+    bad = [cut, tmp_path / "text.png", tmp_path / "bomb.png", tmp_path, tmp_path / "missing.png"]
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        evaluate.main([str(tmp_path / "run.pt"), "--image", *map(str, bad), str(good)])
+    output = capsys.readouterr()
+    assert stopped.value.code == 1
+    errors = [line for line in output.err.splitlines() if "error: " in line]
+    assert len(errors) == len(bad)
+    for path, line in zip(bad, errors):
+        assert line.startswith(f"evaluate.py: error: {path}: ")
+    assert "decompression bomb" in errors[2]
+    assert output.out.startswith(f"{good}: ")

@@ -1,10 +1,13 @@
 import copy
+import json
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+import gallery
 import plot
 from history import write_history
 
@@ -31,6 +34,7 @@ def history():
         "name": "row4",
         "config": {"arch": [16, 8, 4], "k": 3, "fc": 1, "seed": 0, "epochs": 3, "gate": "softmax"},
         "reported": 61.0,
+        "parameters": 8360,
         "epochs": epochs,
         "batch_losses": [2.3, 2.0, 1.5, 1.2],
         "finished": True,
@@ -52,8 +56,41 @@ def values(axes):
     return {line.get_label(): list(line.get_ydata()) for line in axes.lines}
 
 
+@pytest.fixture
+def test():
+    """Test figures of a network with 2 blocks, k = 3 and 4 kernels per bank, right every time."""
+    names = [f"class{number}" for number in range(10)]
+    gate = {"mean_per_class": [[0.5, 0.3, 0.2]] * 10, "quantiles": [[0.1, 0.2, 0.3, 0.4, 0.5]] * 3}
+    bins = [{"confidence": None, "accuracy": None, "count": 0}] * 14
+    return {
+        "accuracy": 100.0,
+        "images": 40,
+        "per_class": dict.fromkeys(names, 100.0),
+        "confusion": (4 * np.eye(10, dtype=int)).tolist(),
+        "calibration": {
+            "bins": [*bins, {"confidence": 97.0, "accuracy": 100.0, "count": 40}],
+            "ece": 3.0,
+        },
+        "wrong": [],
+        "gates": [{"block": name} | gate for name in ("block1", "block2")],
+        "kernels": np.linspace(-1, 1, 3 * 4 * 27).reshape(3, 4, 3, 3, 3).tolist(),
+    }
+
+
+def texts(axes):
+    """What is written inside an axes."""
+    return [text.get_text() for text in axes.texts]
+
+
+def draw(arguments):
+    """Run plot.py; its exit code."""
+    with pytest.raises(SystemExit) as done:
+        plot.main([str(argument) for argument in arguments])
+    return done.value.code or 0
+
+
 def test_a_run_is_drawn_as_loss_and_accuracy_per_epoch(history):
-    loss, accuracy, _ = plot.draw_run(history).axes
+    loss, accuracy, _ = plot.draw_run([history]).axes
     assert (loss.get_xlabel(), loss.get_ylabel()) == ("epoch", "loss")
     assert (accuracy.get_xlabel(), accuracy.get_ylabel()) == ("epoch", "accuracy (%)")
     assert values(loss)["training"] == pytest.approx([2, 1, 2 / 3])
@@ -61,18 +98,57 @@ def test_a_run_is_drawn_as_loss_and_accuracy_per_epoch(history):
     assert values(accuracy) == {"training": [20, 40, 60], "validation": [15, 30, 45]}
 
 
+def test_the_last_values_are_written(history):
+    assert texts(plot.draw_run([history]).axes[1]) == ["60.00", "45.00"]
+
+
+def test_the_space_between_training_and_validation_is_filled(history):
+    (gap,) = plot.draw_run([history]).axes[1].collections
+    assert gap.get_label() == "gap"
+    assert {15, 20, 45, 60} <= set(gap.get_paths()[0].vertices[:, 1])
+
+
 def test_the_loss_of_every_batch_is_drawn_where_it_is_kept(history):
-    batches = plot.draw_run(history).axes[2]
+    batches = plot.draw_run([history]).axes[2]
     assert values(batches)["each batch"] == history["batch_losses"]
+    assert values(batches)["mean of 2"] == pytest.approx([2.15, 1.75, 1.35])
     history["batch_losses"] = []
-    assert len(plot.draw_run(history).axes) == 2
+    assert len(plot.draw_run([history]).axes) == 2
+
+
+def test_huge_first_losses_do_not_flatten_the_others(history):
+    history["batch_losses"] = [80.0] + [1.0] * 999
+    batches = plot.draw_run([history]).axes[2]
+    assert batches.get_ylim()[1] < 2
+    assert batches.get_title(loc="left") == "above: up to 80"
+
+
+def test_several_seeds_are_drawn_as_their_mean_and_range(history):
+    row = [history, changed(history, "row4-seed1", 47.0, seed=1)]
+    figure = plot.draw_run(row)
+    accuracy = figure.axes[1]
+    assert figure.get_suptitle() == "row4, mean and range of 2 seeds"
+    assert values(accuracy)["validation"] == [15, 30, 46]
+    _, band, _ = accuracy.collections
+    assert {45, 47} <= set(band.get_paths()[0].vertices[:, 1])
+
+
+@pytest.mark.parametrize("seeds, name", [((1,), "row4-seed1"), ((1, 2), "row4")])
+def test_the_picture_of_several_seeds_has_the_rows_name(history, seeds, name, tmp_path):
+    for seed in seeds:
+        run = changed(history, f"row4-seed{seed}", seed=seed)
+        write_history(tmp_path / f"row4-seed{seed}.json", run)
+    assert draw(tmp_path.glob("*.json")) == 0
+    assert [path.name for path in tmp_path.glob("*.png")] == [f"{name}.png"]
 
 
 def test_an_unfinished_run_is_drawn_as_far_as_it_got(history):
     history |= {"epochs": history["epochs"][:1], "finished": False}
-    assert values(plot.draw_run(history).axes[0])["training"] == [2]
+    figure = plot.draw_run([history])
+    assert values(figure.axes[0])["training"] == [2]
+    assert figure.get_suptitle() == "row4 (unfinished, epoch 1 of 3)"
     history |= {"epochs": [], "batch_losses": []}
-    assert values(plot.draw_run(history).axes[0])["training"] == []
+    assert texts(plot.draw_run([history]).axes[0]) == ["no epoch yet"]
 
 
 def test_runs_that_differ_in_their_seed_alone_make_one_row(history):
@@ -94,28 +170,174 @@ def test_the_comparison_shows_reported_and_measured_accuracy_of_each_row(history
     assert values(curves) == {"row4": [15, 30, 45], "wide": [15, 30, 70]}
 
 
+def cells(rows):
+    """The cells of the table of rows, line by line, without the header's rule."""
+    lines = [line.strip("|").split("|") for line in plot.table(rows).splitlines()]
+    return [[cell.strip() for cell in line] for line in lines[:1] + lines[2:]]
+
+
 def test_the_table_has_the_options_that_differ_and_the_difference_to_the_report(history):
     rows = plot.rows_of([history, changed(history, "relu", 50.0, gate="relu", epochs=9)])
-    lines = plot.table(rows).splitlines()
-    assert lines[0] == "| row | hyperparameters | reported | measured | difference |"
-    assert lines[2] == (
-        "| row4 | arch 16 8 4, k 3, epochs 3, gate softmax | 61.00 % | 45.00 % | -16.00 |"
+    header, row4, relu = cells(rows)
+    assert ", ".join(header) == (
+        "row, hyperparameters, parameters, reported, measured, difference, seconds"
     )
-    assert "gate relu" in lines[3] and "fc" not in lines[3]
+    options = "arch 16 8 4, k 3, epochs 3, gate softmax"
+    assert row4 == ["row4", options, "8,360", "61.00 %", "45.00 %", "-16.00", "6.0"]
+    assert "gate relu" in relu[1] and "fc" not in relu[1]
 
 
 def test_the_table_gives_mean_and_spread_over_seeds(history):
-    rows = plot.rows_of([history, changed(history, "row4-seed1", 47.0, seed=1)])
-    assert "46.00 % ± 1.41 (n = 2)" in plot.table(rows)
+    other = changed(history, "row4-seed1", 47.0, seed=1)
+    other["epochs"][0]["seconds"] = 4.0
+    (row4,) = cells(plot.rows_of([history, other]))[1:]
+    assert row4[4:] == ["46.00 % ± 1.41 (n = 2)", "-15.00", "7.0"]
 
 
 def test_the_table_says_what_is_not_finished_and_prefers_test_figures(history):
     history["test"] = {"accuracy": 44.0}
     running = changed(history, "running", arch=[1]) | {"finished": False}
     del running["test"]
-    lines = plot.table(plot.rows_of([history, running])).splitlines()
-    assert "44.00 %" in lines[2]
-    assert "45.00 % (unfinished, epoch 3 of 3)" in lines[3]
+    _, tested, unfinished = cells(plot.rows_of([history, running]))
+    assert tested[4] == "44.00 %"
+    assert unfinished[4] == "45.00 % (unfinished, epoch 3 of 3)"
+
+
+def test_unfinished_seeds_do_not_count_beside_finished_ones(history):
+    running = changed(history, "row4-seed1", 10.0, seed=1) | {"finished": False}
+    (row4,) = cells(plot.rows_of([history, running]))[1:]
+    assert row4[4] == "45.00 % (unfinished, epoch 3 of 3)"
+
+
+def test_the_table_is_aligned_for_the_terminal(history):
+    table = plot.table(plot.rows_of([history, changed(history, "a|long|name", arch=[32])]))
+    assert len({len(line) for line in table.splitlines()}) == 1
+    assert "a\\|long\\|name" in table
+
+
+def test_the_confusion_matrix_has_counts_and_shares_of_all_classes(test):
+    confusion, classes, calibration = gallery.draw_test(test, "row4").axes
+    assert len(texts(confusion)) == 100
+    assert texts(confusion)[0] == "4\n100.0%"
+    for labels in (confusion.get_xticklabels(), confusion.get_yticklabels()):
+        assert [label.get_text() for label in labels] == list(test["per_class"])
+    assert [bar.get_width() for bar in classes.patches] == [100] * 10
+
+
+def test_the_reliability_diagram_has_a_bar_of_each_bin_with_images(test):
+    calibration = gallery.draw_test(test, "row4").axes[2]
+    (bar,) = calibration.containers[0]
+    assert bar.get_x() + bar.get_width() == pytest.approx(100)
+    assert bar.get_height() == 100
+    assert "3.00 %" in calibration.get_title()
+
+
+@pytest.mark.parametrize("k, blocks", [(1, 2), (3, 2), (5, 6)])
+def test_the_gates_of_every_block_and_the_first_kernels_are_drawn(test, k, blocks):
+    gate = {"mean_per_class": [[1 / k] * k] * 10, "quantiles": [[0, 0.1, 0.2, 0.3, 2]] * k}
+    test["gates"] = [{"block": f"block{number + 1}"} | gate for number in range(blocks)]
+    test["kernels"] = np.zeros((k, 64, 3, 3, 3)).tolist()
+    axes = gallery.draw_gates(test, "row4").axes
+    assert len(axes) == 2 * blocks + k
+    assert [a.get_ylabel() for a in axes[: 2 * blocks : 2]] == [g["block"] for g in test["gates"]]
+    assert texts(axes[0]) == [f"{1 / k:.2f}"] * 10 * k
+    assert axes[-1].get_title() == f"bank {k}, weighted by a{k}"
+
+
+def test_kernels_are_tiled_as_colours_with_white_between():
+    kernels = np.zeros((2, 3, 3, 3))
+    kernels[1, 2] = 5  # the second kernel is blue
+    image = gallery.tiled(kernels)
+    assert image.shape == (3, 7, 3)
+    assert image[0, 0].tolist() == [0, 0, 0]
+    assert image[0, 3].tolist() == [1, 1, 1]
+    assert image[0, 4].tolist() == [0, 0, 1]
+
+
+def test_wrong_images_are_drawn_with_true_and_predicted_names():
+    wrong = [{"index": 7, "true": "cat", "predicted": "dog", "confidence": 99.0}] * 7
+    axes = gallery.draw_wrong(np.zeros((7, 32, 32, 3), np.uint8), wrong, "row4").axes
+    assert [a.get_title() for a in axes] == ["cat →\ndog, 99 %"] * 7 + [""] * 5
+    assert gallery.draw_wrong([], [], "row4").texts[-1].get_text().startswith("no test image")
+
+
+def test_a_tested_run_has_two_pictures_more(history, test, tmp_path):
+    write_history(tmp_path / "row4.json", history | {"test": test})
+    assert draw([tmp_path / "row4.json"]) == 0
+    assert {path.name for path in tmp_path.glob("*.png")} == {
+        "row4.png",
+        "row4-test.png",
+        "row4-gates.png",
+    }
+
+
+def test_old_test_figures_are_drawn_so_far_as_they_go(history, test, tmp_path):
+    old = {key: test[key] for key in ("accuracy", "images", "per_class", "confusion")}
+    write_history(tmp_path / "row4.json", history | {"test": old})
+    assert draw([tmp_path / "row4.json"]) == 0
+    assert [path.name for path in tmp_path.glob("*.png")] == ["row4.png"]
+
+
+def test_damaged_test_figures_are_named_and_the_rest_drawn(history, test, tmp_path, capsys):
+    write_history(tmp_path / "row4.json", history | {"test": test | {"confusion": "?"}})
+    assert draw([tmp_path / "row4.json"]) == 1
+    assert "its test figures are damaged, evaluate it again" in capsys.readouterr().err
+    assert (tmp_path / "row4.png").exists() and (tmp_path / "row4-gates.png").exists()
+
+
+@pytest.mark.parametrize("suffix, start", [("svg", b"<?xml"), ("pdf", b"%PDF")])
+def test_pictures_come_in_other_formats(history, suffix, start, tmp_path):
+    write_history(tmp_path / "row4.json", history)
+    title = "half $ of it"
+    assert draw([tmp_path / "row4.json", "--format", suffix, "--title", title]) == 0
+    picture = (tmp_path / f"row4.{suffix}").read_bytes()
+    assert picture.startswith(start)
+    assert suffix == "pdf" or title.encode() in picture
+
+
+def test_two_rows_never_share_a_picture(history, tmp_path, capsys):
+    for folder, k in (("a", 1), ("b", 2)):
+        (tmp_path / folder).mkdir()
+        write_history(tmp_path / folder / "row4.json", changed(history, "row4", k=k))
+    assert "would be the picture of two rows" in draw(
+        [*tmp_path.glob("*/row4.json"), "--out", tmp_path / "out"]
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_watching_redraws_until_the_run_is_finished(history, tmp_path, monkeypatch):
+    path, looks = tmp_path / "row4.json", []
+    write_history(path, history | {"finished": False, "epochs": []})
+
+    def sleep(seconds):
+        looks.append((tmp_path / "row4.png").read_bytes())
+        write_history(path, history | {"finished": len(looks) == 2})
+
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    monkeypatch.setattr(plot.time, "sleep", sleep)
+    assert draw([path, "--watch"]) == 0
+    assert len({*looks, (tmp_path / "row4.png").read_bytes()}) == 3
+
+
+def test_watching_ends_by_interrupt(history, tmp_path, monkeypatch):
+    def interrupt(seconds):
+        raise KeyboardInterrupt
+
+    write_history(tmp_path / "row4.json", history | {"finished": False})
+    monkeypatch.setattr(plot.time, "sleep", interrupt)
+    assert draw([tmp_path / "row4.json", "--watch"]) == 0
+
+
+def test_only_one_run_is_watched(capsys):
+    assert draw(["a.json", "b.json", "--watch"]) == 2
+    assert "--watch follows one run, not 2" in capsys.readouterr().err
+
+
+def test_figures_that_are_no_numbers_are_refused(history, tmp_path, capsys):
+    for key, value in (("reported", "61"), ("test", {}), ("test", [])):
+        (tmp_path / "row4.json").write_text(json.dumps(history | {key: value}))
+        assert draw([tmp_path / "row4.json"]) == 1
+        assert "is no number" in capsys.readouterr().err
 
 
 def test_pictures_and_table_are_written_beside_the_histories(history, tmp_path, capsys):

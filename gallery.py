@@ -1,0 +1,237 @@
+"""Pictures of what a trained network does, and the style that all pictures share.
+
+figure = draw_test(history["test"], "row4")
+save(figure, Path("runs/row4-test.png"))
+"""
+
+import math
+import sys
+import textwrap
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+
+from history import write_atomically
+
+matplotlib.rcParams["text.parse_math"] = False  # a name may hold dollar signs
+matplotlib.rcParams["svg.fonttype"] = "none"  # text stays text
+
+# Okabe and Ito's colours, which the colour-blind can tell apart; in grey the dashes do.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+BLUE, ORANGE = COLOURS[:2]
+SHADES = "Blues"  # light is little: in grey the same
+WIDTH = 7.2  # inches, a printed page between its margins
+COLUMNS = 6  # of the misclassified images
+
+
+def style(axes, x_label, y_label):
+    """What all axes of curves and bars share."""
+    axes.set(xlabel=x_label, ylabel=y_label)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+    axes.set_axisbelow(True)
+
+
+def titled(title, height, figure=None):
+    """An empty Figure under its title, of a page's width and that height (inches).
+
+    It is a new one, or `figure` emptied, whose size stays.
+    """
+    figure = figure or Figure(figsize=(WIDTH, height), layout="constrained")
+    figure.clear()
+    figure.suptitle(textwrap.fill(title, 80), fontsize=11)
+    return figure
+
+
+def save(figure, path):
+    """Write a Figure to a file, which its suffix says the format of, and say so on stderr.
+
+    The folder is made if it is missing. OSError as the disk says.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, lambda file: figure.savefig(file, format=path.suffix[1:], dpi=200))
+    print(path, file=sys.stderr)
+
+
+def draw_test(test, title):
+    """A Figure of a history's test figures: confusion matrix, per-class accuracy, calibration.
+
+    KeyError if they lack one of these.
+    """
+    figure = titled(f"{title}: {test['images']:,} test images, {test['accuracy']:.2f} % right", 9.2)
+    panels = figure.subplot_mosaic([["confusion"] * 2, ["classes", "calibration"]],
+                                   height_ratios=[5.6, 3])  # fmt: skip
+    names = list(test["per_class"])
+    draw_confusion(panels["confusion"], test["confusion"], names)
+    axes, accuracies = panels["classes"], list(test["per_class"].values())
+    bars = axes.barh(names, accuracies, color=BLUE)
+    axes.bar_label(bars, fmt="%.1f", padding=2, fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 112)  # room for the label of 100
+    axes.set_xticks(range(0, 101, 20))
+    style(axes, "accuracy (%)", "")
+    axes.grid(visible=False, axis="y")
+    draw_calibration(panels["calibration"], test["calibration"])
+    return figure
+
+
+def draw_confusion(axes, confusion, names):
+    """Counts and row percentages of a confusion matrix, its rows the true classes."""
+    counts = np.array(confusion)
+    shares = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    axes.imshow(shares, cmap=SHADES, vmin=0, vmax=100, aspect="auto")
+    for (row, column), count in np.ndenumerate(counts):
+        share = shares[row, column]
+        text = f"{count:,}\n{share:.1f}%" if count else "0"
+        colour = "white" if share > 55 else "black" if count else "grey"
+        axes.text(column, row, text, color=colour, ha="center", va="center", fontsize=7)
+    axes.set_xticks(range(len(names)), names, rotation=30, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(len(names)), names)
+    axes.set(xlabel="predicted", ylabel="true: count, share of the row")
+
+
+def draw_calibration(axes, calibration):
+    """A reliability diagram: how many of the images in each bin of confidence are right."""
+    bins = calibration["bins"]
+    total = sum(part["count"] for part in bins)
+    edges = np.linspace(0, 100, len(bins) + 1)
+    places = [(left, part) for left, part in zip(edges, bins) if part["count"]]
+    axes.bar([left for left, _ in places], [part["accuracy"] for _, part in places],
+             width=edges[1], align="edge", color=BLUE, edgecolor="white",
+             label="right")  # fmt: skip
+    axes.plot([0, 100], [0, 100], "--", color="black", linewidth=1, label="if calibrated")
+    shares = [100 * part["count"] / total for part in bins]
+    axes.stairs(shares, edges, color=ORANGE, linewidth=1.5, label="share of all images")
+    axes.set(xlim=(0, 100), ylim=(0, 100))
+    axes.set_title(f"expected calibration error {calibration['ece']:.2f} %", fontsize=9)
+    axes.legend(frameon=True, framealpha=0.8, edgecolor="none", fontsize=7, loc="upper left")
+    style(axes, "confidence (%)", "images (%)")
+
+
+def draw_gates(test, title):
+    """A Figure of the gates' coefficients a_1 ... a_k of every block, and of the first kernels.
+
+    Of `test`, a history's test figures, it needs per_class, gates and kernels: KeyError without.
+    """
+    gates, banks, names = test["gates"], test["kernels"], list(test["per_class"])
+    k = len(banks)
+    block_height = 0.35 + 0.25 * k
+    bank_height = min(WIDTH / k, 2.6)
+    height = 1.5 + len(gates) * block_height + bank_height
+    figure = titled(f"{title}: coefficients of the gates", height)
+    top, bottom = figure.subfigures(
+        2, 1, height_ratios=[height - bank_height - 0.7, bank_height + 0.3]
+    )
+    axes = top.subplots(len(gates), 2, squeeze=False, sharey="row", width_ratios=[2, 1])
+    for (means, spread), gate in zip(axes, gates):
+        draw_coefficients(means, spread, gate)
+        means.set_xticks([])
+    extremes = [value for gate in gates for values in gate["quantiles"] for value in values]
+    if min(extremes) >= 0 and max(extremes) <= 1:  # one scale serves all blocks
+        for spread in axes[:, 1]:
+            spread.set(xlim=(0, 1), xticks=(0, 0.25, 0.5, 0.75, 1))
+            spread.tick_params(labelbottom=spread is axes[-1, 1])
+    axes[0, 0].set_title("mean coefficient of the test images of each class", fontsize=9)
+    axes[0, 1].set_title("all: quartiles, extremes", fontsize=9)
+    axes[-1, 0].set_xticks(
+        range(len(names)), names, rotation=30, ha="right", rotation_mode="anchor"
+    )
+    axes[-1, 1].set_xlabel("coefficient")
+    draw_kernels(bottom, banks, gates[0]["block"])
+    return figure
+
+
+def draw_coefficients(means, spread, gate):
+    """One block's gate: a heat map of its mean coefficients, a box for each over all images."""
+    shown = np.array(gate["mean_per_class"]).T  # (k, classes)
+    low, high = min(0, shown.min()), shown.max()
+    high = high if high > low else low + 1  # a gate that is always shut
+    means.imshow(shown, cmap=SHADES, vmin=low, vmax=high, aspect="auto")
+    for (place, column), value in np.ndenumerate(shown):
+        colour = "white" if value - low > 0.6 * (high - low) else "black"
+        text = f"{value:.2f}" if abs(value) < 10 else f"{value:.3g}"
+        means.text(column, place, text, color=colour, ha="center", va="center", fontsize=7)
+    means.set_yticks(range(len(shown)), [f"a{number}" for number in range(1, len(shown) + 1)])
+    means.set_ylabel(gate["block"])
+    least, first, middle, third, most = np.array(gate["quantiles"]).T
+    places = np.arange(len(least))
+    spread.hlines(places, least, most, color="black", linewidth=1)
+    spread.barh(places, third - first, 0.6, first, color="white", edgecolor="black")
+    spread.vlines(middle, places - 0.3, places + 0.3, color=ORANGE, linewidth=2)
+    spread.locator_params(axis="x", nbins=4)
+    spread.tick_params(axis="y", labelleft=False)
+    style(spread, "", "")
+
+
+def draw_kernels(figure, banks, block):
+    """The k banks of 3x3 colour kernels of a block side by side, each scaled from 0 to 1."""
+    figure.suptitle(f"the kernels of {block}, colours scaled in each bank", fontsize=9)
+    for number, (axes, bank) in enumerate(
+        zip(figure.subplots(1, len(banks), squeeze=False)[0], banks), 1
+    ):
+        image = tiled(np.array(bank))
+        axes.imshow(image, interpolation="nearest")
+        axes.set_xlim(-0.5 - 0.03 * len(image[0]), 1.03 * len(image[0]) - 0.5)  # a gap between
+        axes.set_axis_off()
+        axes.set_title(f"bank {number}, weighted by a{number}", fontsize=8)
+
+
+def tiled(kernels):
+    """Kernels (N, 3, 3, 3), channels first, as one RGB image: scaled, in a grid, white between."""
+    low, high = kernels.min(), kernels.max()
+    scaled = (kernels - low) / (high - low) if high > low else np.full(kernels.shape, 0.5)
+    columns = math.ceil(math.sqrt(len(kernels)))
+    rows = math.ceil(len(kernels) / columns)
+    image = np.ones((4 * rows - 1, 4 * columns - 1, 3))
+    for number, kernel in enumerate(scaled):
+        top, left = 4 * (number // columns), 4 * (number % columns)
+        image[top : top + 3, left : left + 3] = kernel.transpose(1, 2, 0)
+    return image
+
+
+def draw_wrong(images, wrong, title):
+    """A Figure of misclassified images, uint8 (N, 32, 32, 3), and the test figures on them."""
+    rows = max(1, math.ceil(len(wrong) / COLUMNS))
+    figure = titled(
+        f"{title}: most confidently wrong (true → predicted, confidence)", 0.5 + 1.5 * rows
+    )
+    for axes in (grid := figure.subplots(rows, COLUMNS, squeeze=False)).flat:
+        axes.set_axis_off()
+    for axes, image, one in zip(grid.flat, images, wrong):
+        axes.imshow(image)
+        names = f"{one['true']} →\n{one['predicted']}, {one['confidence']:.0f} %"
+        axes.set_title(names, fontsize=7.5)
+    if not wrong:
+        figure.text(0.5, 0.4, "no test image is misclassified", ha="center")
+    return figure
+
+
+def draw_predictions(predictions, classes, title):
+    """A Figure of (name, photo, what the network saw, probabilities in %) of each photo.
+
+    The two images are arrays (H, W, 3) and (32, 32, 3), the probabilities one of each class.
+    """
+    figure = titled(title, 0.4 + 1.9 * len(predictions))
+    panels = figure.subplots(len(predictions), 3, squeeze=False, width_ratios=[1, 1, 1.4])
+    for (photo, seen, bars), (name, image, small, probabilities) in zip(panels, predictions):
+        photo.imshow(image)
+        photo.set_title(name if len(name) <= 28 else f"{name[:27]}…", fontsize=8)
+        seen.imshow(small, interpolation="nearest")
+        seen.set_title("what the network saw", fontsize=8)
+        for axes in (photo, seen):
+            axes.set_axis_off()
+        best = sorted(probabilities)[-3:]
+        colours = [BLUE if value in best else "lightgrey" for value in probabilities]
+        labels = [f"{value:.1f} %" if value in best else "" for value in probabilities]
+        bars.bar_label(
+            bars.barh(classes, probabilities, color=colours), labels, padding=2, fontsize=7
+        )
+        bars.invert_yaxis()
+        bars.set_xlim(0, 120)
+        bars.set_xticks(range(0, 101, 50))
+        bars.xaxis.set_major_formatter(PercentFormatter())
+        bars.tick_params(labelsize=7)
+        style(bars, "", "")
+    return figure
