@@ -12,6 +12,7 @@ those of its last epoch. On the CPU the same options give the same figures.
 """
 
 import contextlib
+import math
 import shlex
 import signal
 import sys
@@ -239,7 +240,13 @@ class Run:
         logits, labels = predict(self.forward, loader, self.args.precision, self.stop_if_asked)
         loss = F.cross_entropy(logits, labels, reduction="sum")
         correct = (logits.argmax(1) == labels).sum()
-        return parallel.summed(torch.stack([loss, correct])).tolist()
+        loss, correct = parallel.summed(torch.stack([loss, correct])).tolist()
+        if not math.isfinite(loss):
+            raise Stopped(
+                f"the validation loss is {loss} after epoch {len(self.history['epochs']) + 1}, "
+                f"learning rate {self.scheduler.get_last_lr()[0]:g}: try a lower --lr"
+            )
+        return loss, correct
 
     def after_batch(self):
         """Between two training batches: what has to be done from time to time."""

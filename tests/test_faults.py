@@ -178,6 +178,14 @@ def test_a_loss_that_is_not_finite_stops_the_run_at_its_batch(run, tmp_path, mon
         assert all(tensor.isfinite().all() for tensor in saved.values())
 
 
+def test_a_validation_loss_that_is_not_finite_stops_the_run(run, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:  # the only step breaks the weights after its loss
+        run("--lr", "1e30", "--limit", "8", "--batch-size", "8", "--optimizer", "sgd")
+    assert stopped.value.code == 1
+    assert "the validation loss is nan after epoch 1" in capsys.readouterr().err
+    assert read_history(tmp_path / "run.json")["epochs"] == []
+
+
 def test_a_run_without_a_schedule_can_be_given_more_epochs(run, tmp_path):
     longer = without_times(run("--schedule", "none", "--epochs", "3"))
     run("--schedule", "none", "--epochs", "2", "--overwrite")
