@@ -51,9 +51,19 @@ def start(folder, *options, file_size=resource.RLIM_INFINITY, save_seconds=0):
 
 
 def finish(process):
-    """(exit code, the last line on stderr) of a process that `start` started in a folder."""
+    """The exit code of a process that `start` started, when it has ended."""
     process.join(60)
     return process.exitcode
+
+
+def killed(process, delay, kind):
+    """Send a process a signal after some seconds, wait for its end; whether it was still there."""
+    process.join(delay)
+    alive = process.is_alive()
+    if alive:
+        os.kill(process.pid, kind)
+    process.join(60)
+    return alive
 
 
 def complain(folder):
@@ -88,21 +98,16 @@ def test_a_killed_run_goes_on_to_the_same_end(whole, tmp_path, number):
     expected, seconds = whole
     chance = random.Random(number)
     kind = chance.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-    kills = 0
-    for _ in range(2):
-        process = start(tmp_path, "--resume")
-        process.join(chance.uniform(0.2, 1) * seconds)
-        if process.is_alive():
-            os.kill(process.pid, kind)
-            kills += 1
-        finish(process)
-        if (tmp_path / "run.json").exists():
-            read_history(tmp_path / "run.json")  # whole, whenever the process died
-        if (tmp_path / "run.state.pt").exists():
-            evaluate.load_checkpoint(tmp_path / "run.state.pt")
+    delay = chance.uniform(0.1, 0.9) * seconds
+    while not killed(start(tmp_path, "--overwrite"), delay, kind):
+        delay /= 2  # it had finished
+    killed(start(tmp_path, "--resume"), chance.uniform(0.1, 0.9) * seconds, kind)
+    if (tmp_path / "run.json").exists():
+        read_history(tmp_path / "run.json")  # whole, whenever the process died
+    if (tmp_path / "run.state.pt").exists():
+        evaluate.load_checkpoint(tmp_path / "run.state.pt")
     assert finish(start(tmp_path, "--resume")) == 0
     same_end(tmp_path, expected)
-    assert kills
 
 
 @pytest.mark.parametrize("kind, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -110,7 +115,6 @@ def test_a_signal_saves_the_state_and_says_how_to_go_on(whole, tmp_path, kind, c
     process = start(tmp_path, save_seconds=1000)
     while not (tmp_path / "run.json").exists():
         time.sleep(0.01)
-    time.sleep(0.2)
     os.kill(process.pid, kind)
     assert finish(process) == code
     (line,) = complain(tmp_path)
