@@ -30,7 +30,7 @@ from torchvision import transforms
 
 import data
 import train
-from history import read_history, write_atomically
+from history import read_history, write_text
 from model import autocast, build_model
 
 ROWS = {  # those of the report that are timed, and the batch size on the CPU
@@ -307,6 +307,7 @@ PARTS = {
 
 
 def parse_args(argv=None):
+    """The options, checked; usage errors exit with 2."""
     parser = argparse.ArgumentParser(
         description=__doc__.partition("\n")[0],
         epilog=__doc__.partition("\n")[2],
@@ -322,13 +323,13 @@ def parse_args(argv=None):
 
 
 def main(argv=None):
+    """Time what is asked for, and keep the figures; failures exit with 1 and a line."""
     args = parse_args(argv)
     try:
         report = bench(args)
         if args.json:
             args.json.parent.mkdir(parents=True, exist_ok=True)
-            text = json.dumps(report, indent=1) + "\n"
-            write_atomically(args.json, lambda file: file.write(text.encode()))
+            write_text(args.json, json.dumps(report, indent=1) + "\n")
     except (OSError, ValueError) as error:
         sys.exit(f"bench.py: error: {error}")
 

@@ -36,6 +36,7 @@ PHOTO = 256  # pixels, the longer side of a photo as it is drawn
 
 
 def parse_args(argv=None):
+    """The options, checked; usage errors exit with 2."""
     parser = argparse.ArgumentParser(
         description=__doc__.partition("\n")[0],
         epilog=__doc__.partition("\n")[2],
@@ -229,16 +230,22 @@ def figures_of(model, loader, precision, classes):
     }
 
 
-def evaluate(args):
-    """Test args.checkpoint, print its figures and add them to the history beside it."""
+def opened(args):
+    """(config, model, device) of args.checkpoint, the model on the device of args.device."""
     device = choose_device(args.device)
     checkpoint = load_checkpoint(args.checkpoint)
-    model = rebuild(checkpoint, args.checkpoint).to(device)
+    model = rebuild(checkpoint, args.checkpoint)  # which checks what is in the checkpoint
+    return checkpoint["config"], model.to(device), device
+
+
+def evaluate(args):
+    """Test args.checkpoint, print its figures and add them to the history beside it."""
+    config, model, device = opened(args)
     history_path = args.checkpoint.with_suffix(".json")
     history = read_history(history_path) if history_path.exists() else None
 
-    dataset = checkpoint["config"]["dataset"]
-    images = load(dataset, args.data_dir or checkpoint["config"]["data_dir"], train=False)
+    dataset = config["dataset"]
+    images = load(dataset, args.data_dir or config["data_dir"], train=False)
     loader = batches(images, dataset, EVALUATION_BATCH, device)
     figures = figures_of(model, loader, args.precision, CLASSES[dataset])
 
@@ -294,10 +301,8 @@ def _as_rgb(image):
 
 def classify(args):
     """Print the likeliest classes of the photos args.image, draw them, return whether all were."""
-    device = choose_device(args.device)
-    checkpoint = load_checkpoint(args.checkpoint)
-    model = rebuild(checkpoint, args.checkpoint).to(device)
-    dataset = checkpoint["config"]["dataset"]
+    config, model, device = opened(args)
+    dataset = config["dataset"]
     predictions = []
     for path in args.image:
         try:
@@ -327,6 +332,7 @@ def classify(args):
 
 
 def main(argv=None):
+    """Test a checkpoint, or classify photos with it; failures exit with 1 and a line each."""
     args = parse_args(argv)
     try:
         if not args.image:

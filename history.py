@@ -58,7 +58,11 @@ def hyperparameters(config):
 
 def write_history(path, history):
     """Write a history as strict JSON: ValueError if it holds NaN, OSError as the disk says."""
-    text = json.dumps(history, indent=1, allow_nan=False) + "\n"
+    write_text(path, json.dumps(history, indent=1, allow_nan=False) + "\n")
+
+
+def write_text(path, text):
+    """Write a text file as write_atomically does."""
     write_atomically(path, lambda file: file.write(text.encode()))
 
 

@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from gallery import BLUE, COLOURS, ORANGE, WIDTH, draw_gates, draw_test, save, style, titled
-from history import hyperparameters, read_history, write_atomically
+from history import hyperparameters, read_history, write_text
 
 DASHES = ("-", "--", "-.", ":")
 WATCH_SECONDS = 3  # between two looks at a run
@@ -33,6 +33,7 @@ HEADER = "row hyperparameters parameters reported measured difference seconds".s
 
 
 def parse_args(argv=None):
+    """The options, checked; usage errors exit with 2."""
     parser = argparse.ArgumentParser(
         description=__doc__.partition("\n")[0],
         epilog=__doc__.partition("\n")[2],
@@ -288,6 +289,7 @@ def plain(value):
 
 
 def main(argv=None):
+    """Draw or watch what the options say; failures exit with 1 and a line each."""
     args = parse_args(argv)
     try:
         failed = watch(args) if args.watch else draw_all(args)
@@ -326,8 +328,7 @@ def draw_all(args):
     if len(rows) > 1:
         save(draw_comparison(rows, args.title), target(args, first, "comparison"))
     results = table(rows)
-    path = target(args, first, "results").with_suffix(".md")
-    write_atomically(path, lambda file: file.write(results.encode()))
+    write_text(target(args, first, "results").with_suffix(".md"), results)
     print(results, end="")
     return failed
 

@@ -309,6 +309,7 @@ class Run:
 
 
 def main(argv=None):
+    """Train the run that the options say; it ends in a line and an exit code where it fails."""
     args = parse_args(__doc__, argv)
     try:
         with contextlib.ExitStack() as until_done:
