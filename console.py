@@ -25,7 +25,7 @@ def environment(model, device, precision):
         "torchvision": torchvision.__version__,
         "device": describe(device),
         "precision": precision_on(device, precision),
-        "mix": [block.mix_on(device) for block in model.backbone],
+        "mix": [block.mix_on(device) for block in model.backbone.blocks().values()],
         "commit": commit or None,
     }
 

@@ -39,8 +39,9 @@ NORMALISATION = {
     "shapes": ((0.5003, 0.5023, 0.5000), (0.2720, 0.2706, 0.2725)),
 }
 
-AUGMENTATIONS = ("crop", "flip")
+AUGMENTATIONS = ("crop", "flip", "cutout")
 CROP_PADDING = 4  # pixels
+CUTOUT = 8  # pixels, the side of the square
 EVALUATION_BATCH = 250  # images
 
 
@@ -243,7 +244,8 @@ def _scale_and_shift(name, device):
 def augmented(images, augment, generator):
     """Whole-batch augmentation of uint8 images (N, 3, H, W), each image drawn on its own.
 
-    "crop" pads by 4 black pixels and cuts H x W out at random; "flip" mirrors half of the images.
+    "crop" pads by 4 black pixels and cuts H x W out at random; "flip" mirrors half of the images;
+    "cutout" blackens an 8x8 square around a random pixel (DeVries and Taylor 2017).
     """
     count, _, height, width = images.shape
     if "crop" in augment:
@@ -255,4 +257,12 @@ def augmented(images, augment, generator):
     if "flip" in augment:
         chance = torch.rand(count, 1, 1, 1, device=images.device, generator=generator)
         images = torch.where(chance < 0.5, images.flip(3), images)
+    if "cutout" in augment:
+        device, reach = images.device, CUTOUT / 2
+        y = torch.randint(height, (count, 1, 1, 1), device=device, generator=generator)
+        x = torch.randint(width, (count, 1, 1, 1), device=device, generator=generator)
+        rows = torch.arange(height, device=device).view(-1, 1) + 0.5
+        columns = torch.arange(width, device=device) + 0.5
+        inside = ((rows - y).abs() < reach) & ((columns - x).abs() < reach)
+        images = images.masked_fill(inside, 0)
     return images

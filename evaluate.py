@@ -1,12 +1,13 @@
 """Test figures of a checkpoint, or what it takes photos for.
 
     python evaluate.py runs/final.pt                  # prints them and adds them to runs/final.json
-    python evaluate.py runs/final.pt --device cpu
+    python evaluate.py runs/final.pt --tta            # ... and those with test-time augmentation
     python evaluate.py runs/final.pt --image cat.jpg dog.png     # the likeliest classes of photos
 
 The model is rebuilt from the checkpoint alone. A test also writes runs/final-wrong.png, the most
 confidently misclassified images; plot.py draws the other figures. Photos need no data set: they
 are cropped to a square and shrunk, and drawn with the predictions in runs/final-predictions.png.
+What test-time augmentation (--tta) gives is always named so, and stands beside the plain figures.
 """
 
 import argparse
@@ -19,18 +20,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageOps
 
 from data import CLASSES, EVALUATION_BATCH, batches, choose_device, load, normalised
+from figures import gate_figures, prediction_figures
 from history import read_history, write_atomically, write_history
 from model import IMAGE_SIZE, PRECISIONS, autocast, build_model
 from options import HelpFormatter
 
 CHECKPOINT_FORMAT = "gated multi-convolution checkpoint 1"
-BINS = 15  # of confidence
-QUANTILES = (0, 0.25, 0.5, 0.75, 1)
-WRONG = 36  # misclassified images kept
 DRAWN = 50  # photos in one picture
 PHOTO = 256  # pixels, the longer side of a photo as it is drawn
 
@@ -45,6 +43,8 @@ def parse_args(argv=None):
     parser.add_argument("checkpoint", type=Path, help="runs/NAME.pt; figures go to runs/NAME.json")
     parser.add_argument("--image", type=Path, nargs="+", metavar="FILE",
         help="classify these photos; None: test on the test images")  # fmt: skip
+    parser.add_argument("--tta", action="store_true",
+        help="test-time augmentation: mean logits of an image and its mirror image")  # fmt: skip
     parser.add_argument("--data-dir", help="where CIFAR-10 is; None: where it was for training")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps ...")
     parser.add_argument(
@@ -117,11 +117,17 @@ def predict(model, loader, precision, after_batch=lambda: None):
     return torch.cat(logits), torch.cat(labels)
 
 
+def predict_mirrored(model, loader, precision):
+    """The logits (N, 10) that predict gives of each image mirrored left to right."""
+    mirrored = ((images.flip(3), targets) for images, targets in loader)
+    return predict(model, mirrored, precision)[0]
+
+
 @contextlib.contextmanager
 def coefficients_kept(model):
     """Lists, one of each block, that the (N, k) coefficients of every batch are added to."""
     kept, hooks = [], []
-    for block in model.backbone:
+    for block in model.backbone.blocks().values():
         kept.append([])
 
         # The gate itself is shared between blocks, its linear layer is not.
@@ -140,76 +146,6 @@ def refuse_infinite(logits):
         raise ValueError("the network's outputs are NaN or infinite: train it with a lower --lr")
 
 
-def test_figures(logits, labels, classes):
-    """Figures of logits (N, 10) against labels (N,), as train.py's history keeps them.
-
-    Accuracies, confidences and the calibration error are percentages; the confusion matrix counts,
-    its rows are the true classes.
-    """
-    pairs = labels * len(classes) + logits.argmax(1)
-    confusion = pairs.bincount(minlength=len(classes) ** 2).view(len(classes), len(classes))
-    correct = confusion.diagonal()
-    per_class = 100 * correct / confusion.sum(1).clamp(min=1)
-    percentages = 100 * logits.softmax(1)
-    return {
-        "accuracy": 100 * correct.sum().item() / len(labels),
-        "loss": F.cross_entropy(logits, labels).item(),
-        "images": len(labels),
-        "per_class": dict(zip(classes, per_class.tolist())),
-        "confusion": confusion.tolist(),
-        "calibration": calibration(percentages, labels),
-        "wrong": most_wrong(percentages, labels, classes),
-    }
-
-
-def calibration(percentages, labels):
-    """The expected calibration error ("ece") of probabilities (N, 10), and the bins it is from.
-
-    Each bin has the mean confidence and the accuracy of its images, None if it has no image: all
-    in per cent. A confidence between two bins belongs to the lower one.
-    """
-    confidence, predicted = percentages.max(1)
-    correct = 100.0 * (predicted == labels)
-    places = (confidence * BINS / 100).ceil().clamp(1, BINS) - 1
-    bins, error = [], 0
-    for place in range(BINS):
-        inside = places == place
-        figures = {"confidence": None, "accuracy": None, "count": inside.sum().item()}
-        if figures["count"]:
-            figures["confidence"] = confidence[inside].mean().item()
-            figures["accuracy"] = correct[inside].mean().item()
-            error += figures["count"] * abs(figures["confidence"] - figures["accuracy"])
-        bins.append(figures)
-    return {"bins": bins, "ece": error / len(labels)}
-
-
-def most_wrong(percentages, labels, classes):
-    """The misclassified images of probabilities (N, 10), in per cent, the most confident first."""
-    confidence, predicted = percentages.max(1)
-    wrong = (predicted != labels).nonzero().flatten()
-    order = confidence[wrong].argsort(descending=True, stable=True)
-    return [
-        {
-            "index": index,
-            "true": classes[labels[index]],
-            "predicted": classes[predicted[index]],
-            "confidence": confidence[index].item(),
-        }
-        for index in wrong[order[:WRONG]].tolist()
-    ]
-
-
-def gate_figures(coefficients, labels, classes):
-    """Figures of a block's coefficients (N, k): means of each class (10, k), quantiles (k, 5)."""
-    members = F.one_hot(labels, len(classes)).T.float()
-    means = members @ coefficients / members.sum(1, keepdim=True).clamp(min=1)
-    levels = torch.tensor(QUANTILES, device=coefficients.device)
-    return {
-        "mean_per_class": means.tolist(),
-        "quantiles": coefficients.quantile(levels, dim=0).T.tolist(),
-    }
-
-
 def first_kernels(model):
     """The first block's kernels, nested lists (k, out, 3, 3, 3), rounded to 4 digits."""
     block = model.backbone[0]
@@ -217,17 +153,25 @@ def first_kernels(model):
     return kernels.double().round(decimals=4).tolist()
 
 
-def figures_of(model, loader, precision, classes):
-    """All figures that a history keeps of a model on a loader: test_figures', gates and kernels."""
+def figures_of(model, loader, precision, classes, tta=False):
+    """All figures that a history keeps of a model on a list of batches.
+
+    They are prediction_figures', gates and kernels; with `tta` also the accuracy and the loss that
+    test-time augmentation gives.
+    """
     with coefficients_kept(model) as kept:
         logits, labels = predict(model, loader, precision)
     refuse_infinite(logits)
-    names = [name for name, _ in model.backbone.named_children()]
     gates = [gate_figures(torch.cat(batches), labels, classes) for batches in kept]
-    return test_figures(logits, labels, classes) | {
-        "gates": [{"block": name} | gate for name, gate in zip(names, gates)],
+    figures = prediction_figures(logits, labels, classes) | {
+        "gates": [{"block": name} | gate for name, gate in zip(model.backbone.blocks(), gates)],
         "kernels": first_kernels(model),
     }
+    if tta:
+        logits = (logits + predict_mirrored(model, loader, precision)) / 2
+        augmented = prediction_figures(logits, labels, classes)
+        figures["tta"] = {name: augmented[name] for name in ("accuracy", "loss")}
+    return figures
 
 
 def opened(args):
@@ -246,8 +190,8 @@ def evaluate(args):
 
     dataset = config["dataset"]
     images = load(dataset, args.data_dir or config["data_dir"], train=False)
-    loader = batches(images, dataset, EVALUATION_BATCH, device)
-    figures = figures_of(model, loader, args.precision, CLASSES[dataset])
+    loader = list(batches(images, dataset, EVALUATION_BATCH, device))
+    figures = figures_of(model, loader, args.precision, CLASSES[dataset], args.tta)
 
     if history is None:
         print(f"{history_path} is not there: the figures are only printed", file=sys.stderr)
@@ -256,6 +200,8 @@ def evaluate(args):
     for name, accuracy in figures["per_class"].items():
         print(f"{name:>12} {accuracy:6.2f}%")
     print(f"{'loss':>12} {figures['loss']:7.4f}")
+    if args.tta:
+        print(f"With flip test-time augmentation: {figures['tta']['accuracy']:.2f}%")
     print(f"Final Model Test Accuracy: {figures['accuracy']:.2f}%")
 
     import gallery  # here, since train.py imports this file and need not wait for matplotlib
@@ -303,6 +249,7 @@ def classify(args):
     """Print the likeliest classes of the photos args.image, draw them, return whether all were."""
     config, model, device = opened(args)
     dataset = config["dataset"]
+    named = " (flip test-time augmentation)" if args.tta else ""
     predictions = []
     for path in args.image:
         try:
@@ -312,11 +259,14 @@ def classify(args):
             continue
         small = np.array(ImageOps.fit(photo, (IMAGE_SIZE, IMAGE_SIZE)))  # the middle, bicubic
         images = normalised(torch.from_numpy(small).permute(2, 0, 1)[None].to(device), dataset)
-        logits, _ = predict(model, [(images, torch.zeros(1))], args.precision)
+        batch = [(images, torch.zeros(1))]
+        logits, _ = predict(model, batch, args.precision)
+        if args.tta:
+            logits = (logits + predict_mirrored(model, batch, args.precision)) / 2
         refuse_infinite(logits)
         percentages = (100 * logits[0].softmax(0)).tolist()
         likeliest = sorted(zip(percentages, CLASSES[dataset]), reverse=True)[:3]
-        print(f"{path}: " + ", ".join(f"{name} {value:.1f} %" for value, name in likeliest))
+        print(f"{path}: " + ", ".join(f"{name} {value:.1f} %" for value, name in likeliest) + named)
         photo.thumbnail((PHOTO, PHOTO))
         predictions.append((path.name, np.array(photo), small, percentages))
 
@@ -326,7 +276,7 @@ def classify(args):
         if len(predictions) > DRAWN:
             print(f"the picture shows the first {DRAWN} of them", file=sys.stderr)
         stem = args.checkpoint.stem
-        figure = gallery.draw_predictions(predictions[:DRAWN], CLASSES[dataset], stem)
+        figure = gallery.draw_predictions(predictions[:DRAWN], CLASSES[dataset], stem + named)
         gallery.save(figure, args.checkpoint.with_name(f"{stem}-predictions.png"))
     return len(predictions) == len(args.image)
 

@@ -33,6 +33,9 @@ DEFAULTS = {
     "k": 3,
     "gate": "softmax",
     "block_relu": True,
+    "norm": "none",
+    "downsample": False,
+    "residual": False,
     "pool": "adaptive",
     "fc": 3,
     "hidden": 4096,
@@ -47,17 +50,24 @@ class Block(nn.Module):
 
     (N, in_channels, H, W) -> (N, out_channels, H, W). `mix` says how the sum is formed: "outputs"
     convolves k times and weights the outputs, as the report writes it; "kernels" weights an image's
-    kernels and convolves it once, which gives the same; "auto" is the faster one.
+    kernels and convolves it once, which gives the same; "auto" is the faster one for images of
+    `size` x `size`. `norm` "batch" normalises the sum before the ReLU (Ioffe and Szegedy 2015);
+    `residual` adds the input to the output where the channels are as many (He et al. 2016).
     """
 
-    def __init__(self, in_channels, out_channels, k, gate="softmax", relu=True, mix="auto"):
+    def __init__(
+        self, in_channels, out_channels, k, gate="softmax", relu=True, mix="auto",
+        norm="none", residual=False, size=IMAGE_SIZE,
+    ):  # fmt: skip
         super().__init__()
-        self.k, self.out_channels, self.mix = k, out_channels, mix
+        self.k, self.out_channels, self.mix, self.size = k, out_channels, mix, size
         # One convolution holds all k: initialisations depend on the fan-in, which stays the same.
         self.convs = nn.Conv2d(in_channels, k * out_channels, 3, padding=1)
         self.gate_linear = nn.Linear(in_channels, k)
         self.gate = GATES[gate]
+        self.norm = nn.BatchNorm2d(out_channels) if norm == "batch" else nn.Identity()
         self.activation = nn.ReLU() if relu else nn.Identity()
+        self.residual = residual and in_channels == out_channels
 
     def coefficients(self, images):
         """The gate's coefficients a of each image: (N, in_channels, H, W) -> (N, k)."""
@@ -65,7 +75,8 @@ class Block(nn.Module):
 
     def forward(self, images):
         mix = {"outputs": self.mix_outputs, "kernels": self.mix_kernels}[self.mix_on(images.device)]
-        return self.activation(mix(images, self.coefficients(images)))
+        outputs = self.activation(self.norm(mix(images, self.coefficients(images))))
+        return images + outputs if self.residual else outputs
 
     def mix_on(self, device):
         """The form that `mix` means on this device, "outputs" or "kernels"."""
@@ -73,7 +84,9 @@ class Block(nn.Module):
             return self.mix
         # Forward and backward with k = 3 on two AVX-512 cores, mixed kernels were 1.6 to 5 times as
         # fast as weighted outputs for 3 to 16 up to 256 to 512 channels, and 0.8 times for 8 to 4.
-        return "kernels" if device.type == "cpu" and self.out_channels >= 8 else "outputs"
+        # They were 1.05 to 5 times as fast with 16x16 pixels, 0.7 to 1.1 with 8x8, less with 4x4.
+        worthwhile = device.type == "cpu" and self.out_channels >= 8 and self.size >= 16
+        return "kernels" if worthwhile else "outputs"
 
     def mix_outputs(self, images, coefficients):
         """sum_i a_i conv(x, W_i), the k convolutions in one call."""
@@ -82,17 +95,19 @@ class Block(nn.Module):
 
     def mix_kernels(self, images, coefficients):
         """conv(x, sum_i a_i W_i): one convolution of each image, by kernels of its own."""
+        if not len(images):
+            return self.mix_outputs(images, coefficients)  # there are no convolutions of no groups
         kernels = self.convs.weight.unflatten(0, (self.k, self.out_channels))
         biases = self.convs.bias.view(self.k, self.out_channels)
         return MixedConvolution.apply(images, coefficients, kernels, biases)
 
-    def macs(self, mix, height=IMAGE_SIZE, width=IMAGE_SIZE):
-        """Multiply-accumulates per image (forward), by either form of the sum."""
+    def macs(self, mix):
+        """Multiply-accumulates per image (forward) of the gated sum, by either of its forms."""
         kernels = self.convs.weight.numel()
         gate = self.gate_linear.weight.numel()
         if mix == "outputs":
-            return height * width * (kernels + self.k * self.out_channels) + gate
-        return height * width * kernels // self.k + kernels + gate
+            return self.size**2 * (kernels + self.k * self.out_channels) + gate
+        return self.size**2 * kernels // self.k + kernels + gate
 
 
 class MixedConvolution(torch.autograd.Function):
@@ -144,7 +159,7 @@ def _in_chunks(kernels, *tensors):
     So they stay in the cache; 12 to 36 MB are about as fast.
     """
     _, outputs, inputs, *_ = kernels.shape
-    numbers = kernels[0].numel() + (inputs + outputs) * IMAGE_SIZE**2
+    numbers = kernels[0].numel() + (inputs + outputs) * tensors[0][0, 0].numel()
     size = max(1, 20_000_000 // (numbers * kernels.element_size()))
     return zip(*(tensor.split(size) for tensor in tensors))
 
@@ -165,31 +180,44 @@ def _convolve_each(images, coefficients, kernels, biases=None):
 class Backbone(nn.Sequential):
     """One Block per entry of `arch`, its output channels; they are the next block's input channels.
 
-    (N, 3, H, W) -> (N, arch[-1], H, W).
+    (N, 3, 32, 32) -> (N, arch[-1], size, size). `downsample` halves the images by max pooling
+    between two blocks wherever the number of channels changes; else their size stays.
     """
 
-    def __init__(self, arch, k, gate="softmax", block_relu=True, mix="auto"):
+    def __init__(self, arch, downsample=False, **block_options):
         super().__init__()
+        self.size = IMAGE_SIZE
         for number, (inputs, outputs) in enumerate(zip([3, *arch], arch), start=1):
-            block = Block(inputs, outputs, k, gate=gate, relu=block_relu, mix=mix)
+            if downsample and number > 1 and outputs != inputs:
+                self.add_module(f"pool{number - 1}", nn.MaxPool2d(2))
+                self.size //= 2
+            block = Block(inputs, outputs, **block_options, size=self.size)
             self.add_module(f"block{number}", block)
+
+    def blocks(self):
+        """The blocks by their names."""
+        return {name: layer for name, layer in self.named_children() if isinstance(layer, Block)}
 
 
 class Classifier(nn.Sequential):
     """Average pool, then `fc` linear layers with ReLU and dropout after each hidden one.
 
-    (N, in_channels, 32, 32) -> logits (N, 10). `pool` is "adaptive", AdaptiveAvgPool2d(8), an 8x8
-    grid; or "avg", AvgPool2d(8), a 4x4 grid.
+    (N, in_channels, size, size) -> logits (N, 10). `pool` is "adaptive", AdaptiveAvgPool2d(8), an
+    8x8 grid; or "avg", AvgPool2d(8), a 4x4 grid of 32x32. Where size is below 8, it is the 8.
     """
 
-    def __init__(self, in_channels, pool="adaptive", fc=1, hidden=4096, dropout=0.0, classes=10):
-        grid = GRID if pool == "adaptive" else IMAGE_SIZE // GRID
+    def __init__(
+        self, in_channels, size=IMAGE_SIZE, pool="adaptive", fc=1, hidden=4096, dropout=0.0,
+        classes=10,
+    ):  # fmt: skip
+        cells = min(GRID, size)
+        grid = cells if pool == "adaptive" else size // cells
         sizes = [in_channels * grid * grid, *[hidden] * (fc - 1), classes]
         layers = []
         for inputs, outputs in pairwise(sizes[:-1]):
             layers += [nn.Linear(inputs, outputs), nn.ReLU(), nn.Dropout(dropout)]
         super().__init__(
-            nn.AdaptiveAvgPool2d(GRID) if pool == "adaptive" else nn.AvgPool2d(GRID),
+            nn.AdaptiveAvgPool2d(cells) if pool == "adaptive" else nn.AvgPool2d(cells),
             nn.Flatten(),
             *layers,
             nn.Linear(sizes[-2], sizes[-1]),
@@ -201,14 +229,19 @@ def build_model(options):
 
     Returns an nn.Sequential of `backbone` and `classifier`: (N, 3, 32, 32) -> logits (N, 10).
     """
-    options = DEFAULTS | {name: options[name] for name in DEFAULTS.keys() & options.keys()}
-    arch = options["arch"]
-    block_options = (options[name] for name in ("k", "gate", "block_relu", "mix"))
-    classifier_options = (options[name] for name in ("pool", "fc", "hidden", "dropout"))
+    given = DEFAULTS | {name: options[name] for name in DEFAULTS.keys() & options.keys()}
+    arch = given["arch"]
+    backbone = Backbone(
+        arch, given["downsample"], k=given["k"], gate=given["gate"], relu=given["block_relu"],
+        mix=given["mix"], norm=given["norm"], residual=given["residual"],
+    )  # fmt: skip
+    classifier = Classifier(
+        arch[-1], backbone.size, given["pool"], given["fc"], given["hidden"], given["dropout"]
+    )
     model = nn.Sequential()
-    model.add_module("backbone", Backbone(arch, *block_options))
-    model.add_module("classifier", Classifier(arch[-1], *classifier_options))
-    if options["init"] == "he":
+    model.add_module("backbone", backbone)
+    model.add_module("classifier", classifier)
+    if given["init"] == "he":
         model.apply(initialise_he)
     return model
 
@@ -236,10 +269,11 @@ def autocast(device, precision="auto"):
 def costs(model):
     """What each part of a network and the whole cost: (name, parameters, MACs, MACs if mixed) each.
 
-    MACs are multiply-accumulates per image (forward): of k convolutions, and of mixed kernels.
+    MACs are multiply-accumulates per image (forward): of k convolutions, and of mixed kernels;
+    normalisation and pooling are not counted.
     """
     rows = []
-    for name, block in model.backbone.named_children():
+    for name, block in model.backbone.blocks().items():
         rows.append((name, _parameters(block), block.macs("outputs"), block.macs("kernels")))
     linear = [layer for layer in model.classifier if isinstance(layer, nn.Linear)]
     macs = sum(layer.weight.numel() for layer in linear)

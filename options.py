@@ -2,11 +2,14 @@
 
 import argparse
 import math
+from itertools import pairwise
 from pathlib import Path
 
 from data import AUGMENTATIONS, CLASSES
 from history import hyperparameters
-from model import DEFAULTS, GATES, PRECISIONS
+from model import DEFAULTS, GATES, IMAGE_SIZE, PRECISIONS
+
+MOST_HALVINGS = 4  # to 2x2: batch statistics of a single image need more than one pixel
 
 
 def parse_args(description, argv=None):
@@ -25,7 +28,8 @@ def parse_args(description, argv=None):
     add("--holdout", type=number(int, 0), default=0, metavar="N",
         help="validate on N held-out training images, not on the test images")  # fmt: skip
     add("--limit", type=positive, metavar="N", help="train on the first N images only")
-    add("--augment", nargs="+", choices=AUGMENTATIONS, default=[], help="random image changes")
+    add("--augment", nargs="+", action="extend", choices=AUGMENTATIONS, default=[],
+        help="random image changes")  # fmt: skip
 
     add = parser.add_argument_group("model").add_argument
     add("--arch", type=positive, nargs="+", default=DEFAULTS["arch"], metavar="C",
@@ -34,6 +38,12 @@ def parse_args(description, argv=None):
     add("--gate", choices=GATES, default=DEFAULTS["gate"], help="activation of the coefficients")
     add("--no-block-relu", dest="block_relu", action="store_false",
         help="no ReLU on the outputs of blocks")  # fmt: skip
+    add("--norm", choices=("none", "batch"), default=DEFAULTS["norm"],
+        help="batch normalisation of the blocks' sums")  # fmt: skip
+    add("--downsample", action="store_true",
+        help="halve the images between two blocks of different width, by max pooling")  # fmt: skip
+    add("--residual", action="store_true",
+        help="add its input to the output of a block that keeps the width")  # fmt: skip
     add("--pool", choices=("adaptive", "avg"), default=DEFAULTS["pool"],
         help="of the classifier: AdaptiveAvgPool2d(8) or AvgPool2d(8)")  # fmt: skip
     add("--fc", type=positive, default=DEFAULTS["fc"], help="fully connected layers")
@@ -47,9 +57,17 @@ def parse_args(description, argv=None):
     add("--optimizer", choices=("adamw", "adam", "sgd"), default="adamw", help="PyTorch's own")
     add("--lr", type=number(float, 0, above=True), default=0.001, help="learning rate")
     add("--weight-decay", type=number(float, 0), help="None: the optimiser's own default")
+    add("--no-bias-decay", dest="bias_decay", action="store_false",
+        help="weight decay on weights only, not on biases and normalisation")  # fmt: skip
     add("--momentum", type=number(float, 0, 1), help="of sgd; None: PyTorch's default, 0")
-    add("--schedule", choices=("cosine", "none"), default="cosine",
-        help="of the learning rate over the whole run, stepped every epoch")  # fmt: skip
+    add("--nesterov", action="store_true", help="Nesterov's momentum")
+    add("--schedule", choices=("cosine", "onecycle", "none"), default="cosine",
+        help="of the learning rate over the whole run: cosine, stepped every epoch, or up to --lr "
+        "and down again, stepped every batch")  # fmt: skip
+    add("--label-smoothing", type=number(float, 0, 1), default=0.0,
+        help="probability shared out among all classes, in training")  # fmt: skip
+    add("--ema", type=number(float, 0, 0.9999), metavar="DECAY",
+        help="of an average of the weights, which is then validated and kept")  # fmt: skip
     add("--epochs", type=positive, default=15, help="passes over the training images")
 
     add = parser.add_argument_group("run").add_argument
@@ -100,6 +118,14 @@ def _check(args, parser):
         parser.error("--resume goes on with a run and --overwrite replaces it: give one of them")
     if args.momentum is not None and args.optimizer != "sgd":
         parser.error(f"--momentum {args.momentum} is for --optimizer sgd, not {args.optimizer}")
+    if args.nesterov and not args.momentum:
+        parser.error("--nesterov is for --optimizer sgd with a --momentum above 0: give that")
+    halvings = sum(before != after for before, after in pairwise(args.arch))
+    if args.downsample and halvings > MOST_HALVINGS:
+        parser.error(
+            f"--downsample halves {IMAGE_SIZE}x{IMAGE_SIZE} images at most {MOST_HALVINGS} times; "
+            f"the widths of --arch {' '.join(map(str, args.arch))} change {halvings} times"
+        )
 
 
 def _default_name(args, parser):

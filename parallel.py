@@ -5,6 +5,7 @@ import os
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 RANK = int(os.environ.get("RANK", 0))
@@ -44,8 +45,13 @@ def first_process_first():
 
 
 def averaging(model):
-    """The model, its gradients averaged over the processes."""
-    return DistributedDataParallel(model) if WORLD_SIZE > 1 else model
+    """The model, its gradients and batch statistics averaged over the processes."""
+    if WORLD_SIZE == 1:
+        return model
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.__class__ = BatchNorm2d
+    return DistributedDataParallel(model)
 
 
 def summed(tensor):
@@ -55,11 +61,38 @@ def summed(tensor):
     return tensor
 
 
-def share(images, labels):
-    """This process's images and labels of a batch.
+class SumWithGradient(torch.autograd.Function):
+    """The sum of a tensor over the processes; each of them has its part in the gradient."""
 
-    Where there are none for it, an image whose label cross_entropy ignores: it has to take part.
-    """
-    if RANK >= len(labels):
-        return images[:1], labels[:1].fill_(-100)
+    @staticmethod
+    def forward(ctx, tensor):
+        return summed(tensor.clone())
+
+    @staticmethod
+    def backward(ctx, grad):
+        return summed(grad.contiguous().clone())
+
+
+class BatchNorm2d(nn.BatchNorm2d):
+    """nn.BatchNorm2d with the statistics of all processes; nn.SyncBatchNorm is for GPUs alone."""
+
+    def forward(self, images):
+        if not self.training:
+            return super().forward(images)
+        pixels = images.float().transpose(0, 1).flatten(1)  # (C, N * H * W)
+        count = summed(torch.tensor(float(pixels.shape[1]), device=pixels.device))
+        mean = SumWithGradient.apply(pixels.sum(1)) / count
+        centred = images.float() - mean.view(-1, 1, 1)
+        variance = SumWithGradient.apply(centred.square().sum((0, 2, 3))) / count
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
+        scale = self.weight * (variance + self.eps).rsqrt()
+        outputs = centred * scale.view(-1, 1, 1) + self.bias.view(-1, 1, 1)
+        return outputs.to(images.dtype)
+
+
+def share(images, labels):
+    """This process's images and labels of a batch; there may be none."""
     return images[RANK::WORLD_SIZE], labels[RANK::WORLD_SIZE]

@@ -59,6 +59,9 @@ def read(path):
     if "test" in history:
         test = history["test"] if isinstance(history["test"], dict) else {}
         figures["test accuracy"] = test.get("accuracy", "missing")
+        if "tta" in test:
+            tta = test["tta"] if isinstance(test["tta"], dict) else {}
+            figures["accuracy with test-time augmentation"] = tta.get("accuracy", "missing")
     for name, value in figures.items():
         if not isinstance(value, (int, float)) and (name, value) != ("reported", None):
             raise ValueError(f"{path} is not a history that train.py wrote: {name} is no number")
@@ -269,6 +272,10 @@ def figures(row):
     result = "not yet" if mean is None else f"{mean:.2f} %"
     if len(values) > 1:
         result += f" ± {statistics.stdev(values):.2f} (n = {len(values)})"
+    tested = [history["test"] for history in settled(row) if "test" in history]
+    augmented = [test["tta"]["accuracy"] for test in tested if "tta" in test]
+    if augmented:
+        result += f" (with flip TTA {statistics.fmean(augmented):.2f} %)"
     known = mean is not None and reported is not None
     seconds = [sum(epoch["seconds"] for epoch in run["epochs"]) for run in settled(row)]
     return [

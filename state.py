@@ -90,6 +90,7 @@ def save(run):
     state = {
         "optimizer": run.optimizer.state_dict(),
         "scheduler": run.scheduler.state_dict(),
+        "average": run.average and run.average.state_dict(),
         "history": json.dumps(run.history),
         "figures": run.figures[: run.step].cpu(),
         "seconds": time.monotonic() - run.began,
@@ -108,6 +109,8 @@ def load(run, state):
         run.model.load_state_dict(state["weights"])
         run.optimizer.load_state_dict(state["optimizer"])
         run.scheduler.load_state_dict(state["scheduler"])
+        if run.average:
+            run.average.load_state_dict(state["average"])
         run.history = json.loads(state["history"]) | {"config": run.config, "finished": False}
         run.step = len(state["figures"])
         run.figures[: run.step] = state["figures"]
@@ -115,5 +118,5 @@ def load(run, state):
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{run.path('.state.pt')} is of another run ({reason})") from error
-    # A run stopped as it validated steps its scheduler before this process has trained.
+    # A resumed run steps its scheduler before this process has trained.
     warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")

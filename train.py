@@ -20,7 +20,6 @@ import time
 
 import torch
 import torch.nn.functional as F
-from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR
 from torch.utils.data import TensorDataset
 
 import data
@@ -30,6 +29,7 @@ from console import HEADER, Progress, environment, epoch_line, summary
 from evaluate import predict, write_checkpoint
 from history import write_history
 from model import autocast, build_model, costs
+from optimisation import make_average, make_optimizer, make_scheduler
 from options import parse_args
 
 SAVE_SECONDS = 60  # from one saved state to the next: the most work that a killed run loses
@@ -67,15 +67,13 @@ class Run:
         self.forward = parallel.averaging(self.model)
         if args.compile:
             self.forward = torch.compile(self.forward)
-        self.optimizer = self.make_optimizer()
-        if args.schedule == "cosine":
-            self.scheduler = CosineAnnealingLR(self.optimizer, args.epochs)
-        else:
-            self.scheduler = ConstantLR(self.optimizer, factor=1)
         self.sizes = [
             len(part) for part in torch.arange(len(self.train_set)).split(args.batch_size)
         ]
         self.steps = len(self.sizes)
+        self.optimizer = make_optimizer(self.model, args)
+        self.scheduler = make_scheduler(self.optimizer, args, self.steps)
+        self.average = make_average(self.model, args)
         self.step = 0  # of the epoch; the epoch is the number of those in the history
         # Of each batch of the epoch: its loss, how many images were right, whether a signal came.
         self.figures = torch.zeros(self.steps, 3, device=self.device)
@@ -122,15 +120,6 @@ class Run:
             torch.set_float32_matmul_precision("high")
             model = model.to(memory_format=torch.channels_last)
         return model
-
-    def make_optimizer(self):
-        """PyTorch's optimiser, its step fused where that exists."""
-        args = self.args
-        kinds = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}
-        options = {"weight_decay": args.weight_decay, "momentum": args.momentum}
-        options = {name: value for name, value in options.items() if value is not None}
-        fused = self.device.type in ("cpu", "cuda")
-        return kinds[args.optimizer](self.model.parameters(), lr=args.lr, fused=fused, **options)
 
     def new_history(self):
         """The history of a run that has yet to begin."""
@@ -192,19 +181,31 @@ class Run:
         )  # fmt: skip
         self.model.train()
         for images, labels in loader:
+            self.step_schedule()
             torch.manual_seed(data.stream(args.seed, epoch, self.step, parallel.RANK))  # of dropout
             with autocast(self.device, args.precision):
                 logits = self.forward(images)
-                loss = F.cross_entropy(logits, labels, reduction="sum") / self.sizes[self.step]
+                loss = F.cross_entropy(
+                    logits, labels, reduction="sum", label_smoothing=args.label_smoothing
+                )
+                loss = loss / self.sizes[self.step]
             self.optimizer.zero_grad()
             (loss * parallel.WORLD_SIZE).backward()  # the processes average their gradients
             self.optimizer.step()
+            if self.average:
+                self.average.update_parameters(self.model)
             correct = (logits.argmax(1) == labels).sum()
             stop = torch.full_like(loss, bool(self.stop_signal))
             figures = torch.stack([loss.detach(), correct, stop])
             self.figures[self.step] = parallel.summed(figures)
             self.step += 1
             self.after_batch()
+
+    def step_schedule(self):
+        """Go on to the learning rate of the batch that comes, or of the epoch that begins."""
+        first_of_run = self.step == 0 and not self.history["epochs"]
+        if not first_of_run and (self.step == 0 or self.args.schedule == "onecycle"):
+            self.scheduler.step()
 
     def end_epoch(self):
         """Validate, and add the epoch to the history."""
@@ -223,7 +224,6 @@ class Run:
             "seconds": time.monotonic() - self.began,
             "images_per_second": count / train_seconds,
         }
-        self.scheduler.step()
         self.history["epochs"].append(epoch)
         self.history["batch_losses"] += losses
         self.step = 0
@@ -237,7 +237,8 @@ class Run:
         loader = data.batches(
             self.validation_set, self.args.dataset, data.EVALUATION_BATCH, self.device
         )
-        logits, labels = predict(self.forward, loader, self.args.precision, self.stop_if_asked)
+        model = self.average or self.forward
+        logits, labels = predict(model, loader, self.args.precision, self.stop_if_asked)
         loss = F.cross_entropy(logits, labels, reduction="sum")
         correct = (logits.argmax(1) == labels).sum()
         loss, correct = parallel.summed(torch.stack([loss, correct])).tolist()
@@ -287,7 +288,8 @@ class Run:
         """Write the weights, and mark the history as finished."""
         if parallel.RANK == 0:
             try:
-                write_checkpoint(self.path(".pt"), self.config, self.model)
+                model = self.average.module if self.average else self.model
+                write_checkpoint(self.path(".pt"), self.config, model)
             except OSError as error:
                 raise Stopped(f"no weights written ({error}); {self.how_to_go_on()}") from error
             self.history["finished"] = True

@@ -14,6 +14,12 @@ from options import parse_args
 
 # The smallest run that goes through everything: 2 epochs of 4 batches, the last one smaller.
 TINY = "--dataset shapes --arch 4 8 --k 2 --hidden 8 --limit 100 --batch-size 32 --epochs 2".split()
+# All that goes beyond the report, at once; the second block keeps its width.
+RECIPE = (
+    "--arch 8 8 12 --norm batch --downsample --residual --augment cutout --label-smoothing 0.1 "
+    "--schedule onecycle --optimizer sgd --lr 0.1 --momentum 0.9 --nesterov --weight-decay 5e-4 "
+    "--no-bias-decay --ema 0.9"
+).split()
 CIFAR10 = Path(__file__).parent.parent / "data"
 
 needs_cifar10 = pytest.mark.skipif(

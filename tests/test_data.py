@@ -133,6 +133,20 @@ def test_a_crop_cuts_each_image_out_of_its_padded_self():
     assert len(places) > 60  # of 81
 
 
+def test_cutout_blackens_a_square_around_a_random_pixel_of_each_image():
+    images = torch.randint(1, 256, (300, 3, 32, 32), dtype=torch.uint8)
+    cut = data.augmented(images, ("cutout",), torch.Generator().manual_seed(0))
+    black = (cut == 0).all(1)
+    assert torch.equal(cut, images * ~black[:, None])
+    rows, columns = black.any(2), black.any(1)
+    assert torch.equal(black, rows[:, :, None] & columns[:, None, :])
+    sizes = torch.stack([rows.sum(1), columns.sum(1)])
+    assert (sizes.min(), sizes.max()) == (4, 8)  # a middle at the edge has half a square
+    for along in (rows, columns):  # one stretch of pixels, anywhere
+        assert (along.int().diff(dim=1).abs().sum(1) <= 2).all()
+        assert along.any(0).all()
+
+
 def test_a_flip_mirrors_half_of_the_images():
     images = torch.randint(256, (300, 3, 32, 32), dtype=torch.uint8)
     flipped = data.augmented(images, ("flip",), torch.Generator().manual_seed(0))

@@ -3,6 +3,7 @@ import re
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 import data
@@ -40,15 +41,6 @@ def test_every_class_is_printed_and_kept(evaluated):
     assert len(history["test"]["per_class"]) == 10
 
 
-def test_figures_are_those_of_a_hand_made_example():
-    labels = torch.tensor([0, 0, 1, 2])
-    logits = torch.tensor([[9.0, 0, 0], [0, 9, 0], [0, 9, 0], [0, 9, 0]])
-    figures = evaluate.test_figures(logits, labels, ["a", "b", "c"])
-    assert figures["accuracy"] == 50
-    assert figures["per_class"] == {"a": 50, "b": 100, "c": 0}
-    assert figures["confusion"] == [[1, 1, 0], [0, 1, 0], [0, 1, 0]]
-
-
 def test_a_checkpoint_alone_is_enough(run, tmp_path, capsys):
     run()
     (tmp_path / "run.json").unlink()
@@ -58,31 +50,6 @@ def test_a_checkpoint_alone_is_enough(run, tmp_path, capsys):
     assert "Final Model Test Accuracy" in output.out
     assert "elsewhere.json is not there" in output.err
     assert not (tmp_path / "elsewhere.json").exists()
-
-
-def test_calibration_of_a_hand_made_example():
-    percentages = torch.tensor([[70.0, 30], [30, 70], [10, 90], [95, 5]])
-    figures = evaluate.calibration(percentages, torch.tensor([0, 0, 1, 0]))
-    assert [part["count"] for part in figures["bins"]] == [0] * 10 + [2, 0, 0, 1, 1]
-    assert figures["bins"][10] == {"confidence": 70, "accuracy": 50, "count": 2}
-    assert figures["bins"][0] == {"confidence": None, "accuracy": None, "count": 0}
-    assert figures["ece"] == pytest.approx((2 * 20 + 10 + 5) / 4)
-
-
-def test_the_wrong_images_come_with_the_most_confident_first():
-    percentages = torch.tensor([[60.0, 40], [20, 80], [1, 99], [55, 45]])
-    wrong = evaluate.most_wrong(percentages, torch.tensor([1, 0, 1, 0]), ["a", "b"])
-    assert wrong == [
-        {"index": 1, "true": "a", "predicted": "b", "confidence": 80},
-        {"index": 0, "true": "b", "predicted": "a", "confidence": 60},
-    ]
-
-
-def test_gate_figures_of_a_hand_made_example():
-    coefficients = torch.tensor([[0.0, 1.0], [0.5, 0.5], [1.0, 0.0]])
-    figures = evaluate.gate_figures(coefficients, torch.tensor([0, 0, 1]), ["a", "b"])
-    assert figures["mean_per_class"] == [[0.25, 0.75], [1, 0]]
-    assert figures["quantiles"] == [[0, 0.25, 0.5, 0.75, 1]] * 2
 
 
 def test_every_gate_is_kept_and_softmax_means_sum_to_one(evaluated):
@@ -113,6 +80,40 @@ def test_the_first_kernels_are_kept_with_four_digits(evaluated, tmp_path):
     expected = weights["backbone.block1.convs.weight"].view(2, 4, 3, 3, 3)
     assert np.allclose(kernels, expected, rtol=0, atol=0.00006)
     assert kernels[1][3][2][1][0] == round(kernels[1][3][2][1][0], 4)
+
+
+def test_test_time_augmentation_stands_beside_the_plain_figures(run, tmp_path, capsys):
+    run("--norm", "batch")
+    evaluate.main([str(tmp_path / "run.pt")])
+    plain = read_history(tmp_path / "run.json")["test"]
+    capsys.readouterr()
+    evaluate.main([str(tmp_path / "run.pt"), "--tta"])
+    test = read_history(tmp_path / "run.json")["test"]
+    model = evaluate.rebuild(evaluate.load_checkpoint(tmp_path / "run.pt"), "run.pt").eval()
+    ((images, labels),) = data.batches(data.load("shapes", train=False), "shapes", 1_000)
+    logits = (model(images) + model(images.flip(3))) / 2
+    expected = {
+        "accuracy": 100 * (logits.argmax(1) == labels).double().mean().item(),
+        "loss": F.cross_entropy(logits, labels).item(),
+    }
+    assert test.pop("tta") == pytest.approx(expected)
+    assert test == plain
+    augmented, last = capsys.readouterr().out.splitlines()[-2:]
+    assert augmented == f"With flip test-time augmentation: {expected['accuracy']:.2f}%"
+    assert last == f"Final Model Test Accuracy: {plain['accuracy']:.2f}%"
+
+
+def test_photos_of_mirror_images_are_alike_with_test_time_augmentation(run, tmp_path, capsys):
+    run()
+    image = data.load("shapes", train=False).tensors[0][0].permute(1, 2, 0)
+    photos = tmp_path / "photo.png", tmp_path / "mirrored.png"
+    for path, pixels in zip(photos, (image, image.flip(1))):
+        Image.fromarray(pixels.numpy()).save(path)
+    capsys.readouterr()
+    evaluate.main([str(tmp_path / "run.pt"), "--tta", "--image", *map(str, photos)])
+    first, second = (line.partition(": ")[2] for line in capsys.readouterr().out.splitlines())
+    assert first == second
+    assert first.endswith("% (flip test-time augmentation)")
 
 
 def test_the_wrong_images_are_drawn(evaluated, tmp_path):

@@ -101,6 +101,67 @@ def test_the_defaults_are_the_reports_final_model():
     assert [layer.in_features for layer in layers] == [512 * 8 * 8, 4096, 4096]
 
 
+@pytest.mark.parametrize("mix", ["outputs", "kernels"])
+def test_batch_normalisation_is_of_the_gated_sum_before_the_relu(mix):
+    block = Block(5, 7, k=3, mix=mix, norm="batch").double()
+    images = double_images(4, 5)
+    plain = Block(5, 7, k=3, relu=False).double()
+    plain.load_state_dict(block.state_dict(), strict=False)
+    sums = textbook(plain, images)
+    mean, variance = sums.mean((0, 2, 3)), sums.var((0, 2, 3), unbiased=False)
+    normalised = (sums - mean.view(-1, 1, 1)) / (variance + 1e-5).sqrt().view(-1, 1, 1)
+    torch.testing.assert_close(block(images), normalised.relu(), atol=1e-10, rtol=0)
+
+
+def test_a_residual_block_adds_its_input_where_it_keeps_the_width():
+    images = torch.randn(2, 6, 16, 16)
+    for outputs in (6, 7):
+        block = Block(6, outputs, k=2, residual=True)
+        expected = textbook(block, images) + (images if outputs == 6 else 0)
+        torch.testing.assert_close(block(images), expected)
+
+
+def test_downsampling_halves_the_images_between_blocks_of_different_width():
+    model = build_model({"arch": [4, 4, 6, 6, 8], "downsample": True, "fc": 1})
+    images, sizes = torch.randn(2, 3, 32, 32), {}
+    for name, layer in model.backbone.named_children():
+        images = layer(images)
+        sizes[name] = images.shape[-1]
+    names = "block1 block2 pool2 block3 block4 pool4 block5".split()
+    assert sizes == dict(zip(names, [32, 32, 16, 16, 16, 8, 8]))
+    assert [block.size for block in model.backbone.blocks().values()] == [32, 32, 16, 16, 8]
+    assert model.backbone.size == 8
+    assert isinstance(model.backbone.pool2, torch.nn.MaxPool2d)
+
+
+@pytest.mark.parametrize("arch, size", [([4, 8], 16), ([4, 8, 4], 8), ([4, 8, 4, 8, 4], 2)])
+def test_the_classifier_copes_with_smaller_maps(arch, size):
+    for pool, grid in (("adaptive", min(8, size)), ("avg", size // min(8, size))):
+        model = build_model({"arch": arch, "downsample": True, "pool": pool, "fc": 1})
+        assert model.classifier[-1].in_features == arch[-1] * grid**2
+        assert model(torch.randn(2, 3, 32, 32)).shape == (2, 10)
+
+
+def test_mixed_kernels_are_chosen_on_a_cpu_for_wide_blocks_and_large_maps():
+    cpu = torch.device("cpu")
+    chosen = [
+        Block(8, width, 3, size=size).mix_on(cpu) for width, size in [(8, 16), (8, 8), (4, 16)]
+    ]
+    assert chosen == ["kernels", "outputs", "outputs"]
+    assert Block(8, 8, 3).mix_on(torch.device("cuda")) == "outputs"
+    assert Block(8, 4, 3, mix="kernels", size=4).mix_on(cpu) == "kernels"
+
+
+def test_costs_fall_with_the_size_of_the_maps():
+    options = {"arch": [4, 6], "k": 2, "fc": 1}
+    full = costs(build_model(options))
+    half = costs(build_model(options | {"downsample": True}))
+    gate, kernels = 4 * 2, 2 * 4 * 6 * 9
+    assert half[0] == full[0]
+    assert 4 * (half[1][2] - gate) == full[1][2] - gate
+    assert 4 * (half[1][3] - gate - kernels) == full[1][3] - gate - kernels
+
+
 def test_costs_count_parameters_and_multiply_accumulates():
     rows = costs(build_model({"arch": [4, 6], "k": 2, "fc": 1}))
     assert [row[0] for row in rows] == ["block1", "block2", "classifier", "total"]

@@ -8,12 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY
+import torch.nn.functional as F
+from conftest import RECIPE, TINY
+from torch import nn
 from torch.utils.data import TensorDataset
 
 import data
 import parallel
 from history import read_history
+from model import build_model
 
 ROOT = Path(__file__).parent.parent
 # The batches are of 30, 30, 30 and 1 image: of two processes, the second has none of the last.
@@ -36,12 +39,6 @@ def trained(processes, folder, *options):
     return read_history(folder / "run.json")
 
 
-@pytest.fixture
-def one(run):
-    """The history of the same run by one process."""
-    return run(*OPTIONS)
-
-
 def close(history, expected):
     """Assert that all figures of two histories are equal but for rounding."""
     assert history["batch_losses"] == pytest.approx(expected["batch_losses"], rel=1e-5)
@@ -50,8 +47,9 @@ def close(history, expected):
             assert epoch[figure] == pytest.approx(other[figure], rel=1e-5)
 
 
-def test_two_processes_give_the_losses_of_one(one, tmp_path):
-    close(trained(2, tmp_path / "two"), one)
+@pytest.mark.parametrize("changes", [[], RECIPE], ids=["report", "recipe"])
+def test_two_processes_give_the_losses_of_one(run, tmp_path, changes):
+    close(trained(2, tmp_path / "two", *changes), run(*OPTIONS, *changes))
 
 
 @pytest.fixture
@@ -96,9 +94,23 @@ def test_shares_of_a_batch_are_disjoint_and_complete(monkeypatch):
             assert torch.equal(part_labels, labels[rank::3])
 
 
-def test_a_process_without_images_takes_part_with_one_that_does_not_count(monkeypatch):
-    monkeypatch.setattr(parallel, "RANK", 2)
-    monkeypatch.setattr(parallel, "WORLD_SIZE", 3)
-    images, labels = parallel.share(torch.randn(2, 3, 32, 32), torch.tensor([4, 5]))
-    loss = torch.nn.functional.cross_entropy(torch.randn(1, 10), labels, reduction="sum")
-    assert (len(images), loss.item()) == (1, 0)
+@pytest.mark.parametrize("mix", ["outputs", "kernels"])
+def test_a_process_without_images_has_no_loss_and_no_gradient(mix):
+    model = build_model({"arch": [8, 8], "downsample": True, "hidden": 8, "mix": mix})
+    labels = torch.empty(0, dtype=torch.long)
+    loss = F.cross_entropy(model(torch.empty(0, 3, 32, 32)), labels, reduction="sum")
+    loss.backward()
+    assert loss.item() == 0
+    assert all(weights.grad.abs().max() == 0 for weights in model.parameters())
+
+
+def test_batch_statistics_are_normalised_as_pytorch_does():
+    torch.manual_seed(0)
+    images = (50 + 9 * torch.randn(4, 3, 5, 5)).requires_grad_()
+    results = []
+    for norm in (nn.BatchNorm2d(3), parallel.BatchNorm2d(3)):
+        nn.init.constant_(norm.weight, 2)
+        outputs = norm(images)
+        gradients = torch.autograd.grad((outputs**3).sum(), [images, *norm.parameters()])
+        results.append([outputs, *gradients, *norm.buffers(), norm.eval()(images)])
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)

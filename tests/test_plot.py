@@ -209,6 +209,12 @@ def test_unfinished_seeds_do_not_count_beside_finished_ones(history):
     assert row4[4] == "45.00 % (unfinished, epoch 3 of 3)"
 
 
+def test_the_table_names_test_time_augmentation(history):
+    history["test"] = {"accuracy": 62.0, "tta": {"accuracy": 63.0}}
+    (row4,) = cells(plot.rows_of([history]))[1:]
+    assert row4[4:6] == ["62.00 % (with flip TTA 63.00 %)", "+1.00"]
+
+
 def test_the_table_is_aligned_for_the_terminal(history):
     table = plot.table(plot.rows_of([history, changed(history, "a|long|name", arch=[32])]))
     assert len({len(line) for line in table.splitlines()}) == 1

@@ -3,8 +3,10 @@ import math
 
 import pytest
 import torch
-from conftest import CIFAR10, TINY, needs_cifar10, without_times
+from conftest import CIFAR10, RECIPE, TINY, needs_cifar10, without_times
+from torch.optim.swa_utils import AveragedModel
 
+import evaluate
 import train
 from console import Progress, duration
 from history import read_history
@@ -22,6 +24,18 @@ def stop_after(monkeypatch, batches, signal_number=15):
         stop_if_asked(self)
 
     monkeypatch.setattr(train.Run, "stop_if_asked", counted)
+
+
+def rates_used(monkeypatch):
+    """A list that the learning rate of every optimiser step of AdamW will be in."""
+    rates, step = [], torch.optim.AdamW.step
+
+    def noting(self):
+        rates.append(self.param_groups[0]["lr"])
+        step(self)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", noting)
+    return rates
 
 
 def test_a_run_leaves_its_history_and_its_checkpoint(run, tmp_path):
@@ -53,17 +67,24 @@ def test_the_same_seed_gives_the_same_history_and_another_seed_another(run):
 
 
 def test_the_learning_rate_in_the_history_is_the_one_that_was_used(run, monkeypatch):
-    used = []
-    train_epoch = train.Run.train_epoch
-
-    def noting(self):
-        used.append(self.optimizer.param_groups[0]["lr"])
-        train_epoch(self)
-
-    monkeypatch.setattr(train.Run, "train_epoch", noting)
+    rates = rates_used(monkeypatch)
     history = run("--epochs", "4")
-    assert [epoch["lr"] for epoch in history["epochs"]] == used
+    used = [epoch["lr"] for epoch in history["epochs"]]
+    assert rates == [lr for lr in used for _ in range(4)]
     assert used == pytest.approx([0.0005 * (1 + math.cos(math.pi * t / 4)) for t in range(4)])
+
+
+def test_onecycle_warms_up_to_the_learning_rate_and_comes_down_batch_by_batch(run, monkeypatch):
+    rates = rates_used(monkeypatch)
+    history = run("--schedule", "onecycle", "--epochs", "5")
+    assert len(rates) == 5 * 4
+    peak = rates.index(max(rates))
+    assert rates[0] == pytest.approx(0.001 / 25)
+    assert (peak, max(rates)) == (5, pytest.approx(0.001))  # at 30 %
+    assert rates[:6] == sorted(rates[:6])
+    assert rates[5:] == sorted(rates[5:], reverse=True)
+    assert rates[-1] < 1e-6
+    assert [epoch["lr"] for epoch in history["epochs"]] == rates[3::4]  # the last batch's
 
 
 def test_without_a_schedule_the_learning_rate_stays(run):
@@ -78,14 +99,73 @@ def test_without_a_schedule_the_learning_rate_stays(run):
         (["--optimizer", "adam"], torch.optim.Adam, {"weight_decay": 0}),
         (["--optimizer", "sgd"], torch.optim.SGD, {"weight_decay": 0, "momentum": 0}),
         (["--optimizer", "sgd", "--momentum", "0.9"], torch.optim.SGD, {"momentum": 0.9}),
+        (["--optimizer", "sgd", "--momentum", "0.9", "--nesterov"], torch.optim.SGD,
+         {"momentum": 0.9, "nesterov": True}),
         (["--weight-decay", "0.1"], torch.optim.AdamW, {"weight_decay": 0.1}),
     ],
-)
+)  # fmt: skip
 def test_optimisers_are_pytorchs_with_its_defaults(tmp_path, options, kind, expected):
     args = parse_args("", [*TINY, "--out", str(tmp_path), *options])
     optimizer = train.Run(args).optimizer
     assert type(optimizer) is kind
     assert expected.items() <= optimizer.defaults.items()
+
+
+@pytest.mark.parametrize("options, decay", [([], 0.01), (["--weight-decay", "0.1"], 0.1)])
+def test_weight_decay_can_be_for_weights_only(tmp_path, options, decay):
+    options = ["--no-bias-decay", "--norm", "batch", "--out", str(tmp_path), *options]
+    run = train.Run(parse_args("", [*TINY, *options]))
+    decayed, others = run.optimizer.param_groups
+    names = {id(parameter): name for name, parameter in run.model.named_parameters()}
+    assert (decayed["weight_decay"], others["weight_decay"]) == (decay, 0)
+    assert all(".norm." not in names[id(p)] and p.dim() > 1 for p in decayed["params"])
+    assert {names[id(p)].split(".")[-1] for p in others["params"]} == {"bias", "weight"}
+    assert len(decayed["params"]) + len(others["params"]) == len(names)
+
+
+def test_label_smoothing_changes_the_training_loss_alone(run, tmp_path):
+    plain = run("--fc", "1")
+    smooth = run("--fc", "1", "--label-smoothing", "0.4", "--overwrite")
+    config = parse_args("", [*TINY, "--fc", "1", "--out", str(tmp_path), "--overwrite"])
+    first = train.Run(config)
+    loader = train.data.batches(first.train_set, "shapes", 32, seed=0)
+    images, labels = next(iter(loader))
+    chances = first.model(images).log_softmax(1)
+    true = -chances.gather(1, labels[:, None]).mean().item()
+    expected = 0.6 * true - 0.4 * chances.mean().item()
+    assert plain["batch_losses"][0] == pytest.approx(true, rel=1e-5)
+    assert smooth["batch_losses"][0] == pytest.approx(expected, rel=1e-5)
+    evaluate.main([str(tmp_path / "run.pt")])
+    test = read_history(tmp_path / "run.json")["test"]
+    assert smooth["epochs"][-1]["val_loss"] == pytest.approx(test["loss"])
+
+
+def test_the_moving_average_is_validated_and_kept_and_training_stays_the_same(
+    run, tmp_path, monkeypatch
+):
+    options = ["--norm", "batch", "--optimizer", "sgd", "--momentum", "0.9"]
+    plain = run(*options)
+    averages, update = [], AveragedModel.update_parameters
+
+    def noting(self, model):
+        now = {name: value.clone() for name, value in model.state_dict().items()}
+        before = averages[-1] if averages else now
+        averages.append({name: 0.75 * before[name] + 0.25 * now[name] for name in now})
+        update(self, model)
+
+    monkeypatch.setattr(AveragedModel, "update_parameters", noting)
+    history = run(*options, "--ema", "0.75", "--overwrite")
+    assert history["batch_losses"] == plain["batch_losses"]
+    assert history["epochs"][-1]["val_loss"] != plain["epochs"][-1]["val_loss"]
+    assert len(averages) == 8
+    kept = torch.load(tmp_path / "run.pt", weights_only=True)["weights"]
+    expected = {name: value for name, value in averages[-1].items() if "num_batches" not in name}
+    assert len(expected) == len(kept) - 2
+    for name, value in expected.items():
+        torch.testing.assert_close(kept[name], value)
+    evaluate.main([str(tmp_path / "run.pt")])
+    test = read_history(tmp_path / "run.json")["test"]
+    assert test["loss"] == pytest.approx(history["epochs"][-1]["val_loss"])
 
 
 def test_holdout_validates_on_training_images(tmp_path):
@@ -147,9 +227,11 @@ def test_durations_are_readable(seconds, text):
 
 
 @pytest.mark.parametrize("batches", [2, 4, 6, 13])  # within, at the end of, after the first epoch
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-def test_an_interrupted_run_goes_on_to_the_same_end(run, monkeypatch, tmp_path, batches, optimizer):
-    options = ["--optimizer", optimizer, "--augment", "crop", "flip", "--epochs", "3"]
+@pytest.mark.parametrize(
+    "changes", [[], ["--optimizer", "sgd"], RECIPE], ids=["adamw", "sgd", "recipe"]
+)
+def test_an_interrupted_run_goes_on_to_the_same_end(run, monkeypatch, tmp_path, batches, changes):
+    options = ["--augment", "crop", "flip", *changes, "--epochs", "3"]
     whole = without_times(run(*options))
     weights = torch.load(tmp_path / "run.pt", weights_only=True)["weights"]
     with monkeypatch.context() as patch:
