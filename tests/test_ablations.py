@@ -9,7 +9,7 @@ import pytest
 from options import parse_args
 
 ROOT = Path(__file__).parent.parent
-ROWS = "row1 row2 row3 row4 row5 row6 final sgd adam gate-relu".split()
+ROWS = "row1 row2 row3 row4 row5 row6 final sgd adam gate-relu best".split()
 
 # A stand-in for python: notes its arguments, and leaves what the real scripts would.
 STUB = """#!{python}
@@ -64,9 +64,36 @@ FINAL = {
     "dataset": "cifar10", "batch_size": 128, "arch": [64, 128, 256, 512], "k": 3, "gate": "softmax",
     "block_relu": True, "pool": "adaptive", "fc": 3, "hidden": 4096, "dropout": 0.5, "init": "he",
     "optimizer": "adamw", "lr": 0.001, "weight_decay": None, "schedule": "cosine", "epochs": 15,
-    "holdout": 0, "augment": [], "seed": 0,
+    "holdout": 0, "augment": [], "seed": 0, "norm": "none", "downsample": False, "residual": False,
+    "momentum": None, "nesterov": False, "bias_decay": True, "label_smoothing": 0.0, "ema": None,
 }  # fmt: skip
 EARLY = {"init": "default", "schedule": "none", "epochs": 30}
+NETWORK = {"arch": [64, 64, 128, 128, 256, 256, 512, 512], "fc": 1, "pool": "avg",
+           "batch_size": 256, "epochs": 30}  # fmt: skip
+PARTS = {
+    "norm": {"norm": "batch"},
+    "downsample": {"downsample": True},
+    "residual": {"residual": True},
+    "crop-flip": {"augment": ["crop", "flip"]},
+    "cutout": {"augment": ["cutout"]},
+    "smoothing": {"label_smoothing": 0.1},
+    "onecycle": {"schedule": "onecycle"},
+    "sgd": {"optimizer": "sgd", "lr": 0.2, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4},
+    "decay": {"bias_decay": False},
+    "ema": {"ema": 0.99},
+}
+
+
+def recipe(*names):
+    """The options of these parts together."""
+    options = {}
+    for name in names:
+        augment = options.get("augment", []) + PARTS[name].get("augment", [])
+        options |= PARTS[name] | ({"augment": augment} if augment else {})
+    return options
+
+
+RECIPE = recipe(*PARTS)
 REPORT = {
     "row1": EARLY | {"arch": [64, 128, 256], "k": 2, "block_relu": False, "fc": 1, "pool": "avg",
                      "reported": 52.0},
@@ -79,6 +106,7 @@ REPORT = {
     "sgd": {"optimizer": "sgd", "reported": 10.0},
     "adam": {"optimizer": "adam", "reported": None},
     "gate-relu": {"gate": "relu", "reported": None},
+    "best": NETWORK | RECIPE | {"reported": None},
 }  # fmt: skip
 
 
@@ -94,7 +122,7 @@ def test_every_row_has_the_reports_options(replay):
 
 def test_each_row_is_trained_then_evaluated_and_all_are_plotted_last(replay, tmp_path):
     _, calls = replay()
-    assert [call[0] for call in calls] == ["train.py", "evaluate.py"] * 10 + ["plot.py"]
+    assert [call[0] for call in calls] == ["train.py", "evaluate.py"] * 11 + ["plot.py"]
     assert calls[1] == ["evaluate.py", str(tmp_path / "row1.pt")]
     assert calls[-1][1:] == [str(tmp_path / f"{name}.json") for name in ROWS]
 
@@ -118,6 +146,23 @@ def test_another_seed_is_another_run_beside_the_first(replay, tmp_path):
     _, calls = replay("row4", "--", "--seed", "1")
     assert list(trained(calls)) == ["row4-seed1"]
     assert calls[-1][1:] == [str(tmp_path / f"{name}.json") for name in ("row4", "row4-seed1")]
+
+
+def test_each_part_of_the_recipe_is_tried_alone_and_left_out(replay, tmp_path):
+    result, calls = replay("parts", "--", "--arch", "8", "8", "--seed", "1")
+    assert result.returncode == 0, result.stderr
+    expected = {"parts-none": {}, "parts-all": RECIPE}
+    for name in PARTS:
+        others = [other for other in PARTS if other != name]
+        expected[f"parts-only-{name}"] = PARTS[name]
+        expected[f"parts-without-{name}"] = recipe(*others)
+    runs = trained(calls)
+    assert list(runs) == [f"{name}-seed1" for name in expected]
+    for args, options in zip(runs.values(), expected.values()):
+        options = FINAL | NETWORK | options | {"arch": [8, 8], "seed": 1, "holdout": 5000}
+        assert {key: getattr(args, key) for key in options} == options, args.name
+    assert "evaluate.py" not in [call[0] for call in calls]  # the test images stay unseen
+    assert set(calls[-1][1:]) == {str(tmp_path / f"{name}.json") for name in runs}
 
 
 def test_a_failing_row_does_not_stop_the_others_and_is_named(replay):
