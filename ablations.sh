@@ -78,7 +78,7 @@ parts=( # of the recipe, by name
     "cutout --augment cutout"
     "smoothing --label-smoothing 0.1"
     "onecycle --schedule onecycle"
-    "sgd --optimizer sgd --lr 0.2 --momentum 0.9 --nesterov --weight-decay 5e-4"
+    "sgd --optimizer sgd --lr 0.4 --momentum 0.9 --nesterov --weight-decay 5e-4"
     "decay --no-bias-decay"
     "ema --ema 0.99"
 )

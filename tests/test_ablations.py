@@ -78,7 +78,7 @@ PARTS = {
     "cutout": {"augment": ["cutout"]},
     "smoothing": {"label_smoothing": 0.1},
     "onecycle": {"schedule": "onecycle"},
-    "sgd": {"optimizer": "sgd", "lr": 0.2, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4},
+    "sgd": {"optimizer": "sgd", "lr": 0.4, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4},
     "decay": {"bias_decay": False},
     "ema": {"ema": 0.99},
 }
