@@ -31,7 +31,7 @@ from torchvision import transforms
 import data
 import train
 from history import read_history, write_text
-from model import autocast, build_model
+from model import Block, autocast, build_model
 
 ROWS = {  # those of the report that are timed, and the batch size on the CPU
     "row 4": ({"arch": [16, 8, 4], "fc": 1}, 128),
@@ -147,6 +147,18 @@ def bench_blocks(device):
         textbook = TextbookBlock(block.convs.in_channels, block.out_channels, block.k)
         textbook = block_step(on_device(textbook, device), images)
         yield compare(name, block_step(block, images), textbook, device, turns=5)
+
+
+def bench_mix(device):
+    """Mixed kernels (as ours) against weighted outputs (as textbook), by width and image size."""
+    batch = 512 if device.type == "cuda" else 64
+    for size in (32, 16, 8, 4):
+        for inputs, outputs in ((16, 16), (64, 64), (128, 256)):
+            images = on_device(torch.randn(batch, inputs, size, size), device).requires_grad_()
+            forms = {mix: Block(inputs, outputs, 3, mix=mix) for mix in ("kernels", "outputs")}
+            steps = [block_step(on_device(block, device), images) for block in forms.values()]
+            what = f"kernels against outputs, {inputs} to {outputs}, {size}x{size}"
+            yield compare(what, *steps, device)
 
 
 def bench_rate(device):
@@ -299,6 +311,7 @@ def bench_run(device):
 
 PARTS = {
     "block": bench_blocks,
+    "mix": bench_mix,
     "rate": bench_rate,
     "step": bench_steps,
     "loader": bench_loader,

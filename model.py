@@ -96,7 +96,7 @@ class Block(nn.Module):
     def mix_kernels(self, images, coefficients):
         """conv(x, sum_i a_i W_i): one convolution of each image, by kernels of its own."""
         if not len(images):
-            return self.mix_outputs(images, coefficients)  # there are no convolutions of no groups
+            return self.mix_outputs(images, coefficients)  # grouped convolutions need a group
         kernels = self.convs.weight.unflatten(0, (self.k, self.out_channels))
         biases = self.convs.bias.view(self.k, self.out_channels)
         return MixedConvolution.apply(images, coefficients, kernels, biases)

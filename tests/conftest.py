@@ -1,5 +1,6 @@
 """What all tests share: shapes drawn once, small runs in a temporary folder, no network."""
 
+import copy
 import functools
 import signal
 from pathlib import Path
@@ -20,6 +21,7 @@ RECIPE = (
     "--schedule onecycle --optimizer sgd --lr 0.1 --momentum 0.9 --nesterov --weight-decay 5e-4 "
     "--no-bias-decay --ema 0.9"
 ).split()
+HANDLERS = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 CIFAR10 = Path(__file__).parent.parent / "data"
 
 needs_cifar10 = pytest.mark.skipif(
@@ -44,9 +46,8 @@ def no_download(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def own_signals():
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
-    for number, handler in handlers.items():
+    for number, handler in HANDLERS.items():
         signal.signal(number, handler)
 
 
@@ -70,3 +71,40 @@ def without_times(history):
     ]
     kept = ("parameters", "macs", "batch_losses", "finished")
     return {key: history[key] for key in kept} | {"epochs": epochs}
+
+
+@pytest.fixture
+def history():
+    """A finished run of three epochs."""
+    epochs = [
+        {
+            "epoch": number,
+            "lr": 0.001,
+            "train_loss": 2 / number,
+            "train_accuracy": 20.0 * number,
+            "val_loss": 2.1 / number,
+            "val_accuracy": 15.0 * number,
+            "seconds": 2.0,
+            "images_per_second": 1000.0,
+        }
+        for number in (1, 2, 3)
+    ]
+    return {
+        "name": "row4",
+        "config": {"arch": [16, 8, 4], "k": 3, "fc": 1, "seed": 0, "epochs": 3, "gate": "softmax"},
+        "reported": 61.0,
+        "parameters": 8360,
+        "epochs": epochs,
+        "batch_losses": [2.3, 2.0, 1.5, 1.2],
+        "finished": True,
+    }
+
+
+def changed(history, name, accuracy=None, **config):
+    """A copy of a history under another name, with another last accuracy and other options."""
+    other = copy.deepcopy(history)
+    other["name"] = name
+    other["config"] |= config
+    if accuracy is not None:
+        other["epochs"][-1]["val_accuracy"] = accuracy
+    return other

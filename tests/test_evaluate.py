@@ -1,41 +1,46 @@
+import contextlib
+import io
 import re
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import TINY
 from PIL import Image
 
 import data
 import evaluate
+import train
 from history import read_history
 
 
-@pytest.fixture
-def evaluated(run, tmp_path, capsys):
-    """A tiny run, evaluated: its history, and what evaluate.py printed."""
-    run()
-    capsys.readouterr()
-    evaluate.main([str(tmp_path / "run.pt")])
-    return read_history(tmp_path / "run.json"), capsys.readouterr().out
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory):
+    """A tiny run, evaluated: its history, what evaluate.py printed, and the folder."""
+    folder, output = tmp_path_factory.mktemp("evaluated"), io.StringIO()
+    train.main([*TINY, "--out", str(folder), "--name", "run"])
+    with contextlib.redirect_stdout(output):
+        evaluate.main([str(folder / "run.pt")])
+    return read_history(folder / "run.json"), output.getvalue(), folder
 
 
 def test_the_last_line_is_the_reports(evaluated):
-    history, output = evaluated
+    history, output, _ = evaluated
     last = output.splitlines()[-1]
     assert re.fullmatch(r"Final Model Test Accuracy: \d+\.\d\d%", last)
     assert f"{history['test']['accuracy']:.2f}%" in last
 
 
 def test_the_test_figures_are_those_of_the_last_epoch(evaluated):
-    history, _ = evaluated
+    history, _, _ = evaluated
     assert history["test"]["accuracy"] == pytest.approx(history["epochs"][-1]["val_accuracy"])
     assert history["test"]["loss"] == pytest.approx(history["epochs"][-1]["val_loss"])
     assert history["finished"] is True
 
 
 def test_every_class_is_printed_and_kept(evaluated):
-    history, output = evaluated
+    history, output, _ = evaluated
     for name, accuracy in history["test"]["per_class"].items():
         assert f"{name} {accuracy:6.2f}%" in output
     assert len(history["test"]["per_class"]) == 10
@@ -73,9 +78,10 @@ def test_the_kept_coefficients_are_the_blocks_own():
         torch.testing.assert_close(coefficients, block.coefficients(given))
 
 
-def test_the_first_kernels_are_kept_with_four_digits(evaluated, tmp_path):
-    kernels = evaluated[0]["test"]["kernels"]
-    weights = evaluate.load_checkpoint(tmp_path / "run.pt")["weights"]
+def test_the_first_kernels_are_kept_with_four_digits(evaluated):
+    history, _, folder = evaluated
+    kernels = history["test"]["kernels"]
+    weights = evaluate.load_checkpoint(folder / "run.pt")["weights"]
     assert np.shape(kernels) == (2, 4, 3, 3, 3)
     expected = weights["backbone.block1.convs.weight"].view(2, 4, 3, 3, 3)
     assert np.allclose(kernels, expected, rtol=0, atol=0.00006)
@@ -116,11 +122,12 @@ def test_photos_of_mirror_images_are_alike_with_test_time_augmentation(run, tmp_
     assert first.endswith("% (flip test-time augmentation)")
 
 
-def test_the_wrong_images_are_drawn(evaluated, tmp_path):
-    wrong = evaluated[0]["test"]["wrong"]
+def test_the_wrong_images_are_drawn(evaluated):
+    history, _, folder = evaluated
+    wrong = history["test"]["wrong"]
     assert len(wrong) == 36
     assert all(one["true"] != one["predicted"] for one in wrong)
-    with Image.open(tmp_path / "run-wrong.png") as picture:
+    with Image.open(folder / "run-wrong.png") as picture:
         assert picture.format == "PNG"
 
 

@@ -1,4 +1,3 @@
-import copy
 import json
 import subprocess
 import sys
@@ -6,49 +5,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import changed
 
 import gallery
 import plot
 from history import write_history
+from table import rows_of
 
 PNG = b"\x89PNG\r\n"
-
-
-@pytest.fixture
-def history():
-    """A finished run of three epochs."""
-    epochs = [
-        {
-            "epoch": number,
-            "lr": 0.001,
-            "train_loss": 2 / number,
-            "train_accuracy": 20.0 * number,
-            "val_loss": 2.1 / number,
-            "val_accuracy": 15.0 * number,
-            "seconds": 2.0,
-            "images_per_second": 1000.0,
-        }
-        for number in (1, 2, 3)
-    ]
-    return {
-        "name": "row4",
-        "config": {"arch": [16, 8, 4], "k": 3, "fc": 1, "seed": 0, "epochs": 3, "gate": "softmax"},
-        "reported": 61.0,
-        "parameters": 8360,
-        "epochs": epochs,
-        "batch_losses": [2.3, 2.0, 1.5, 1.2],
-        "finished": True,
-    }
-
-
-def changed(history, name, accuracy=None, **config):
-    """A copy of a history under another name, with another last accuracy and other options."""
-    other = copy.deepcopy(history)
-    other["name"] = name
-    other["config"] |= config
-    if accuracy is not None:
-        other["epochs"][-1]["val_accuracy"] = accuracy
-    return other
 
 
 def values(axes):
@@ -151,16 +115,8 @@ def test_an_unfinished_run_is_drawn_as_far_as_it_got(history):
     assert texts(plot.draw_run([history]).axes[0]) == ["no epoch yet"]
 
 
-def test_runs_that_differ_in_their_seed_alone_make_one_row(history):
-    runs = [history, changed(history, "row4-seed1", seed=1), changed(history, "wide", arch=[32])]
-    assert [[run["name"] for run in row] for row in plot.rows_of(runs)] == [
-        ["row4", "row4-seed1"],
-        ["wide"],
-    ]
-
-
 def test_the_comparison_shows_reported_and_measured_accuracy_of_each_row(history):
-    rows = plot.rows_of([history, changed(history, "wide", 70.0, arch=[32])])
+    rows = rows_of([history, changed(history, "wide", 70.0, arch=[32])])
     dots, curves = plot.draw_comparison(rows).axes
     assert [label.get_text() for label in dots.get_yticklabels()] == ["row4", "wide"]
     shown = {
@@ -168,57 +124,6 @@ def test_the_comparison_shows_reported_and_measured_accuracy_of_each_row(history
     }
     assert {("reported", 61.0), ("measured", 45.0), ("measured", 70.0)} <= shown
     assert values(curves) == {"row4": [15, 30, 45], "wide": [15, 30, 70]}
-
-
-def cells(rows):
-    """The cells of the table of rows, line by line, without the header's rule."""
-    lines = [line.strip("|").split("|") for line in plot.table(rows).splitlines()]
-    return [[cell.strip() for cell in line] for line in lines[:1] + lines[2:]]
-
-
-def test_the_table_has_the_options_that_differ_and_the_difference_to_the_report(history):
-    rows = plot.rows_of([history, changed(history, "relu", 50.0, gate="relu", epochs=9)])
-    header, row4, relu = cells(rows)
-    assert ", ".join(header) == (
-        "row, hyperparameters, parameters, reported, measured, difference, seconds"
-    )
-    options = "arch 16 8 4, k 3, epochs 3, gate softmax"
-    assert row4 == ["row4", options, "8,360", "61.00 %", "45.00 %", "-16.00", "6.0"]
-    assert "gate relu" in relu[1] and "fc" not in relu[1]
-
-
-def test_the_table_gives_mean_and_spread_over_seeds(history):
-    other = changed(history, "row4-seed1", 47.0, seed=1)
-    other["epochs"][0]["seconds"] = 4.0
-    (row4,) = cells(plot.rows_of([history, other]))[1:]
-    assert row4[4:] == ["46.00 % ± 1.41 (n = 2)", "-15.00", "7.0"]
-
-
-def test_the_table_says_what_is_not_finished_and_prefers_test_figures(history):
-    history["test"] = {"accuracy": 44.0}
-    running = changed(history, "running", arch=[1]) | {"finished": False}
-    del running["test"]
-    _, tested, unfinished = cells(plot.rows_of([history, running]))
-    assert tested[4] == "44.00 %"
-    assert unfinished[4] == "45.00 % (unfinished, epoch 3 of 3)"
-
-
-def test_unfinished_seeds_do_not_count_beside_finished_ones(history):
-    running = changed(history, "row4-seed1", 10.0, seed=1) | {"finished": False}
-    (row4,) = cells(plot.rows_of([history, running]))[1:]
-    assert row4[4] == "45.00 % (unfinished, epoch 3 of 3)"
-
-
-def test_the_table_names_test_time_augmentation(history):
-    history["test"] = {"accuracy": 62.0, "tta": {"accuracy": 63.0}}
-    (row4,) = cells(plot.rows_of([history]))[1:]
-    assert row4[4:6] == ["62.00 % (with flip TTA 63.00 %)", "+1.00"]
-
-
-def test_the_table_is_aligned_for_the_terminal(history):
-    table = plot.table(plot.rows_of([history, changed(history, "a|long|name", arch=[32])]))
-    assert len({len(line) for line in table.splitlines()}) == 1
-    assert "a\\|long\\|name" in table
 
 
 def test_the_confusion_matrix_has_counts_and_shares_of_all_classes(test):
