@@ -14,6 +14,7 @@
 # Finished rows are skipped and interrupted ones go on. A failing row does not stop the others, but
 # is named at the end, and the exit code is then 1. With --holdout the test images stay unseen.
 set -u
+trap 'exit 130' INT
 rows=$(sed -n 's/^row \([^ ]*\).*/\1/p' ablations.sh)
 wanted=" "
 while [ $# -gt 0 ] && [ "$1" != -- ]; do
@@ -33,6 +34,10 @@ for argument in "$@"; do
     --out) out=$argument ;;
     --seed) suffix=-seed$argument ;;
     esac
+    case $argument in
+    --out=*) out=${argument#*=} ;;
+    --seed=*) suffix=-seed${argument#*=} ;;
+    esac
     previous=$argument
 done
 extra=("$@")
@@ -44,7 +49,7 @@ replay() { # replay NAME OPTION...: train, then test, unless images are held out
     set -- "$@" ${extra[@]+"${extra[@]}"}
     echo "== $name"
     ${LAUNCH:-python} train.py "$@" --name "$name" --resume &&
-        { [[ " $* " == *" --holdout "* ]] || grep -q '^ "test":' "$out/$name.json" ||
+        { [[ " $* " == *" --holdout"[=\ ]* ]] || grep -q '^ "test":' "$out/$name.json" ||
             python evaluate.py "$out/$name.pt"; } ||
         failed+=" $name"
 }
@@ -86,8 +91,10 @@ recipe=
 for part in "${parts[@]}"; do recipe+=" ${part#* }"; done
 row best - $network $recipe
 
-histories=()
-if [[ $wanted == *" parts "* ]]; then # the network with none, with all, with one, with all but one
+# The network of `best` with none of the parts, all, one, all but one: 22 runs that leave the test
+# images unseen and are therefore drawn by themselves.
+if [[ $wanted == *" parts "* ]]; then
+    rows="parts-*"
     network+=" --holdout 5000"
     replay parts-none $network
     replay parts-all $network $recipe
@@ -96,10 +103,11 @@ if [[ $wanted == *" parts "* ]]; then # the network with none, with all, with on
         replay "parts-only-${part%% *}" $network $options
         replay "parts-without-${part%% *}" $network ${recipe/"$options"/}
     done
-    histories+=("$out"/parts-*.json)
 fi
+
+histories=()
 for name in $rows; do
-    for history in "$out/$name.json" "$out/$name"-seed*.json; do
+    for history in "$out"/$name.json "$out"/$name-seed*.json; do
         if [ -e "$history" ]; then histories+=("$history"); fi
     done
 done

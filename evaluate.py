@@ -7,7 +7,7 @@
 The model is rebuilt from the checkpoint alone. A test also writes runs/final-wrong.png, the most
 confidently misclassified images; plot.py draws the other figures. Photos need no data set: they
 are cropped to a square and shrunk, and drawn with the predictions in runs/final-predictions.png.
-What test-time augmentation (--tta) gives is always named so, and stands beside the plain figures.
+What test-time augmentation (--tta) gives is always named so; of a test, beside the plain figures.
 """
 
 import argparse
@@ -96,10 +96,12 @@ def write_checkpoint(path, config, model, **more):
 def rebuild(checkpoint, path):
     """The model of a checkpoint with its weights; ValueError where the two do not fit."""
     try:
-        model = build_model(checkpoint["config"])
+        config = checkpoint["config"]
+        model = build_model(config)
         model.load_state_dict(checkpoint["weights"])
-    except (KeyError, TypeError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
+        CLASSES[config["dataset"]], Path(config["data_dir"])
+    except Exception as error:  # a config can hold anything
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise ValueError(f"{path}: its weights do not fit its options ({reason})") from error
     return model
 
@@ -117,10 +119,12 @@ def predict(model, loader, precision, after_batch=lambda: None):
     return torch.cat(logits), torch.cat(labels)
 
 
-def predict_mirrored(model, loader, precision):
-    """The logits (N, 10) that predict gives of each image mirrored left to right."""
+def mean_with_mirrored(logits, model, loader, precision):
+    """Test-time augmentation: the mean of logits (N, 10) and those of the mirrored images."""
     mirrored = ((images.flip(3), targets) for images, targets in loader)
-    return predict(model, mirrored, precision)[0]
+    logits = (logits + predict(model, mirrored, precision)[0]) / 2
+    refuse_infinite(logits)
+    return logits
 
 
 @contextlib.contextmanager
@@ -168,7 +172,7 @@ def figures_of(model, loader, precision, classes, tta=False):
         "kernels": first_kernels(model),
     }
     if tta:
-        logits = (logits + predict_mirrored(model, loader, precision)) / 2
+        logits = mean_with_mirrored(logits, model, loader, precision)
         augmented = prediction_figures(logits, labels, classes)
         figures["tta"] = {name: augmented[name] for name in ("accuracy", "loss")}
     return figures
@@ -261,9 +265,9 @@ def classify(args):
         images = normalised(torch.from_numpy(small).permute(2, 0, 1)[None].to(device), dataset)
         batch = [(images, torch.zeros(1))]
         logits, _ = predict(model, batch, args.precision)
-        if args.tta:
-            logits = (logits + predict_mirrored(model, batch, args.precision)) / 2
         refuse_infinite(logits)
+        if args.tta:
+            logits = mean_with_mirrored(logits, model, batch, args.precision)
         percentages = (100 * logits[0].softmax(0)).tolist()
         likeliest = sorted(zip(percentages, CLASSES[dataset]), reverse=True)[:3]
         print(f"{path}: " + ", ".join(f"{name} {value:.1f} %" for value, name in likeliest) + named)

@@ -11,6 +11,12 @@ from pathlib import Path
 # Options that do not change what a run computes: they may differ when it is resumed.
 NOT_HYPERPARAMETERS = set("data_dir name out device mix compile resume overwrite reported".split())
 
+# Options that older histories lack, and what they then meant.
+ADDED = {
+    "norm": "none", "downsample": False, "residual": False, "bias_decay": True, "nesterov": False,
+    "label_smoothing": 0.0, "ema": None,
+}  # fmt: skip
+
 EPOCH_FIGURES = ("lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "seconds")
 
 
@@ -53,6 +59,7 @@ def _is_number(value):
 
 def hyperparameters(config):
     """Those options of a history's config that decide what the run computes."""
+    config = config | {name: value for name, value in ADDED.items() if name not in config}
     return {name: value for name, value in config.items() if name not in NOT_HYPERPARAMETERS}
 
 

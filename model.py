@@ -121,16 +121,23 @@ class MixedConvolution(torch.autograd.Function):
     """
 
     @staticmethod
-    @torch.amp.custom_fwd(device_type="cpu")
     def forward(ctx, images, coefficients, kernels, biases):
         ctx.save_for_backward(images, coefficients, kernels, biases)
+        device = images.device.type
+        enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+        ctx.autocast = {"device_type": device, "dtype": dtype, "enabled": enabled}
         parts = _in_chunks(kernels, images, coefficients)
         return torch.cat([_convolve_each(x, a, kernels, a @ biases) for x, a in parts])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    @torch.amp.custom_bwd(device_type="cpu")
     def backward(ctx, grad):
+        with torch.autocast(**ctx.autocast):  # as in the forward pass; custom_bwd is for one device
+            return MixedConvolution.gradients(ctx, grad)
+
+    @staticmethod
+    def gradients(ctx, grad):
+        """Those of forward's arguments, from that of its output."""
         images, coefficients, kernels, biases = ctx.saved_tensors
         grad_sums = grad.sum((2, 3))
         grad_coefficients, grad_images = [], [] if ctx.needs_input_grad[0] else None

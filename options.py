@@ -8,6 +8,7 @@ from pathlib import Path
 from data import AUGMENTATIONS, CLASSES
 from history import hyperparameters
 from model import DEFAULTS, GATES, IMAGE_SIZE, PRECISIONS
+from optimisation import OPTIMIZERS
 
 MOST_HALVINGS = 4  # to 2x2: batch statistics of a single image need more than one pixel
 
@@ -29,7 +30,7 @@ def parse_args(description, argv=None):
         help="validate on N held-out training images, not on the test images")  # fmt: skip
     add("--limit", type=positive, metavar="N", help="train on the first N images only")
     add("--augment", nargs="+", action="extend", choices=AUGMENTATIONS, default=[],
-        help="random image changes")  # fmt: skip
+        help="random changes of the training images")  # fmt: skip
 
     add = parser.add_argument_group("model").add_argument
     add("--arch", type=positive, nargs="+", default=DEFAULTS["arch"], metavar="C",
@@ -54,7 +55,7 @@ def parse_args(description, argv=None):
         help="initialisation: He's or PyTorch's default")  # fmt: skip
 
     add = parser.add_argument_group("optimisation").add_argument
-    add("--optimizer", choices=("adamw", "adam", "sgd"), default="adamw", help="PyTorch's own")
+    add("--optimizer", choices=OPTIMIZERS, default="adamw", help="PyTorch's own")
     add("--lr", type=number(float, 0, above=True), default=0.001, help="learning rate")
     add("--weight-decay", type=number(float, 0), help="None: the optimiser's own default")
     add("--no-bias-decay", dest="bias_decay", action="store_false",
@@ -87,6 +88,7 @@ def parse_args(description, argv=None):
 
     args = parser.parse_args(argv)
     _check(args, parser)
+    args.augment = [name for name in AUGMENTATIONS if name in args.augment]
     args.name = args.name or _default_name(args, parser)
     return args
 

@@ -79,9 +79,9 @@ class BatchNorm2d(nn.BatchNorm2d):
     def forward(self, images):
         if not self.training:
             return super().forward(images)
-        pixels = images.float().transpose(0, 1).flatten(1)  # (C, N * H * W)
-        count = summed(torch.tensor(float(pixels.shape[1]), device=pixels.device))
-        mean = SumWithGradient.apply(pixels.sum(1)) / count
+        pixels = images.numel() / self.num_features  # of each channel
+        count = summed(torch.full((), pixels, device=images.device))
+        mean = SumWithGradient.apply(images.float().sum((0, 2, 3))) / count
         centred = images.float() - mean.view(-1, 1, 1)
         variance = SumWithGradient.apply(centred.square().sum((0, 2, 3))) / count
         with torch.no_grad():

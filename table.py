@@ -78,7 +78,7 @@ def markdown(rows):
     for row, config in zip(rows, configs):
         shown = ({"arch", "k"} | (config.keys() - shared)) - {"seed"}
         words = [f"{key.replace('_', ' ')} {plain(config[key])}" for key in config if key in shown]
-        cells = [row_name(row), ", ".join(words), *figures(row)]
+        cells = [row_name(row), ", ".join(words), *figure_cells(row)]
         lines.append([cell.replace("|", "\\|") for cell in cells])
     widths = [max(map(len, column)) for column in zip(*lines)]
     rule = ["-" * width for width in widths[:2]] + ["-" * (width - 1) + ":" for width in widths[2:]]
@@ -91,7 +91,7 @@ def markdown(rows):
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def figures(row):
+def figure_cells(row):
     """A row's cells in the table from "parameters" on."""
     parameters, reported, values = row[0].get("parameters"), row[0]["reported"], finals(row)
     mean = statistics.fmean(values) if values else None
@@ -100,7 +100,7 @@ def figures(row):
         result += f" ± {statistics.stdev(values):.2f} (n = {len(values)})"
     tested = [history["test"] for history in settled(row) if "test" in history]
     augmented = [test["tta"]["accuracy"] for test in tested if "tta" in test]
-    if augmented:
+    if augmented and len(augmented) == len(values):
         result += f" (with flip TTA {statistics.fmean(augmented):.2f} %)"
     known = mean is not None and reported is not None
     seconds = [sum(epoch["seconds"] for epoch in run["epochs"]) for run in settled(row)]

@@ -165,6 +165,12 @@ def test_each_part_of_the_recipe_is_tried_alone_and_left_out(replay, tmp_path):
     assert set(calls[-1][1:]) == {str(tmp_path / f"{name}.json") for name in runs}
 
 
+def test_a_row_with_images_held_out_leaves_the_test_images_unseen(replay):
+    for holdout in (["--holdout", "5000"], ["--holdout=5000"]):
+        _, calls = replay("row4", "--", *holdout)
+        assert [call[0] for call in calls] == ["train.py", "plot.py"]
+
+
 def test_a_failing_row_does_not_stop_the_others_and_is_named(replay):
     result, calls = replay("row1", "row2", "row4", FAIL="row1 row4")
     assert result.returncode == 1

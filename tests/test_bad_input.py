@@ -171,6 +171,11 @@ def other_arch(path):
     torch.save(checkpoint | {"weights": {"weight": torch.zeros(3)}}, path)
 
 
+def other_config(path):
+    checkpoint = {"format": evaluate.CHECKPOINT_FORMAT, "config": ["arch"], "weights": {}}
+    torch.save(checkpoint, path)
+
+
 def nothing(path):
     path.unlink(missing_ok=True)
 
@@ -183,6 +188,7 @@ def nothing(path):
         (other_program, "not a checkpoint that train.py wrote"),
         (truncated, "only the beginning of one"),
         (other_arch, "its weights do not fit its options"),
+        (other_config, "its weights do not fit its options"),
         (nothing, "No such file"),
     ],
 )

@@ -1,6 +1,7 @@
 import contextlib
 import io
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -88,11 +89,10 @@ def test_the_first_kernels_are_kept_with_four_digits(evaluated):
     assert kernels[1][3][2][1][0] == round(kernels[1][3][2][1][0], 4)
 
 
-def test_test_time_augmentation_stands_beside_the_plain_figures(run, tmp_path, capsys):
-    run("--norm", "batch")
-    evaluate.main([str(tmp_path / "run.pt")])
-    plain = read_history(tmp_path / "run.json")["test"]
-    capsys.readouterr()
+def test_test_time_augmentation_stands_beside_the_plain_figures(evaluated, tmp_path, capsys):
+    history, _, folder = evaluated
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    plain = history["test"]
     evaluate.main([str(tmp_path / "run.pt"), "--tta"])
     test = read_history(tmp_path / "run.json")["test"]
     model = evaluate.rebuild(evaluate.load_checkpoint(tmp_path / "run.pt"), "run.pt").eval()

@@ -44,6 +44,21 @@ def test_both_forms_of_the_sum_have_the_same_output_and_gradients(count, inputs,
     torch.testing.assert_close(results["outputs"], results["kernels"], atol=1e-10, rtol=0)
 
 
+def test_both_forms_give_the_same_network_with_all_that_goes_beyond_the_report():
+    torch.manual_seed(0)
+    options = {"arch": [8, 8, 12], "norm": "batch", "downsample": True, "residual": True, "fc": 1}
+    model = build_model(options).double()
+    images = double_images(4, 3, size=32)
+    results = []
+    for mix in ("outputs", "kernels"):
+        for block in model.backbone.blocks().values():
+            block.mix = mix
+        logits = model(images)
+        gradients = torch.autograd.grad((logits**3).sum(), [images, *model.parameters()])
+        results.append([logits, *gradients])
+    torch.testing.assert_close(*results, atol=1e-8, rtol=1e-8)
+
+
 def test_softmax_coefficients_of_each_image_sum_to_one():
     coefficients = Block(3, 4, k=5).coefficients(torch.randn(6, 3, 32, 32))
     assert coefficients.shape == (6, 5)

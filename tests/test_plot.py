@@ -245,7 +245,8 @@ def test_only_one_run_is_watched(capsys):
 
 
 def test_figures_that_are_no_numbers_are_refused(history, tmp_path, capsys):
-    for key, value in (("reported", "61"), ("test", {}), ("test", [])):
+    tta = {"accuracy": 60.0, "tta": {}}
+    for key, value in (("reported", "61"), ("test", {}), ("test", []), ("test", tta)):
         (tmp_path / "row4.json").write_text(json.dumps(history | {key: value}))
         assert draw([tmp_path / "row4.json"]) == 1
         assert "is no number" in capsys.readouterr().err

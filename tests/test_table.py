@@ -11,6 +11,12 @@ def test_runs_that_differ_in_their_seed_alone_make_one_row(history):
     ]
 
 
+def test_options_that_older_histories_lack_are_at_what_they_then_meant(history):
+    newer = changed(history, "row4-seed1", seed=1, norm="none", ema=None)
+    other = changed(history, "row4-norm", norm="batch")
+    assert [len(row) for row in rows_of([history, newer, other])] == [2, 1]
+
+
 def cells(rows):
     """The cells of the table of rows, line by line, without the header's rule."""
     lines = [line.strip("|").split("|") for line in markdown(rows).splitlines()]
