@@ -84,7 +84,7 @@ class Block(nn.Module):
             return self.mix
         # Forward and backward with k = 3 on two AVX-512 cores, mixed kernels were 1.6 to 5 times as
         # fast as weighted outputs for 3 to 16 up to 256 to 512 channels, and 0.8 times for 8 to 4.
-        # They were 1.05 to 5 times as fast with 16x16 pixels, 0.7 to 1.1 with 8x8, less with 4x4.
+        # With 16x16 pixels they were 1.5 to 1.9 times as fast, with 8x8 0.5 to 0.9, with 4x4 less.
         worthwhile = device.type == "cpu" and self.out_channels >= 8 and self.size >= 16
         return "kernels" if worthwhile else "outputs"
 
