@@ -99,7 +99,7 @@ def rebuild(checkpoint, path):
         config = checkpoint["config"]
         model = build_model(config)
         model.load_state_dict(checkpoint["weights"])
-        CLASSES[config["dataset"]], Path(config["data_dir"])
+        CLASSES[config["dataset"]], Path(config["data_dir"])  # what a test needs beside the model
     except Exception as error:  # a config can hold anything
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise ValueError(f"{path}: its weights do not fit its options ({reason})") from error

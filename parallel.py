@@ -79,10 +79,10 @@ class BatchNorm2d(nn.BatchNorm2d):
     def forward(self, images):
         if not self.training:
             return super().forward(images)
-        pixels = images.numel() / self.num_features  # of each channel
-        count = summed(torch.full((), pixels, device=images.device))
-        mean = SumWithGradient.apply(images.float().sum((0, 2, 3))) / count
-        centred = images.float() - mean.view(-1, 1, 1)
+        pixels = images.float()
+        count = summed(torch.full((), pixels.numel() / self.num_features, device=pixels.device))
+        mean = SumWithGradient.apply(pixels.sum((0, 2, 3))) / count
+        centred = pixels - mean.view(-1, 1, 1)
         variance = SumWithGradient.apply(centred.square().sum((0, 2, 3))) / count
         with torch.no_grad():
             self.num_batches_tracked += 1
