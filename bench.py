@@ -30,8 +30,9 @@ from torchvision import transforms
 
 import data
 import train
+from device import autocast, choose_device, describe
 from history import read_history, write_text
-from model import Block, autocast, build_model
+from model import Block, build_model
 
 ROWS = {  # those of the report that are timed, and the batch size on the CPU
     "row 4": ({"arch": [16, 8, 4], "fc": 1}, 128),
@@ -349,8 +350,8 @@ def main(argv=None):
 
 def bench(args):
     """Run the parts that are asked for; the figures as --json writes them."""
-    device = data.choose_device(args.device)
-    name = data.describe(device)
+    device = choose_device(args.device)
+    name = describe(device)
     only = args.only or [*PARTS, "memory", *(["run"] if device.type == "cuda" else [])]
     report = {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
     print(f"{name}, PyTorch {torch.__version__}")

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 import torchvision
 
-from data import describe
-from model import costs, precision_on
+from device import autocast, describe, precision_on
+from model import costs
 
 HEADER = "  epoch        lr  train loss  acc. %    val loss  acc. %     time  images/s"
 
@@ -19,13 +19,15 @@ def environment(model, device, precision):
     """What a run is made with, as its history keeps it."""
     described = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     commit = subprocess.run(described, capture_output=True, text=True).stdout.strip()
+    with autocast(device, precision):
+        mix = [block.mix_on(device) for block in model.backbone.blocks().values()]
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
         "device": describe(device),
         "precision": precision_on(device, precision),
-        "mix": [block.mix_on(device) for block in model.backbone.blocks().values()],
+        "mix": mix,
         "commit": commit or None,
     }
 

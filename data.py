@@ -10,7 +10,6 @@ normalised at once. There is no per-image Python work and there are no worker pr
 """
 
 import functools
-import platform
 import random
 from itertools import islice
 from pathlib import Path
@@ -38,33 +37,6 @@ AUGMENTATIONS = ("crop", "flip", "cutout")
 CROP_PADDING = 4  # pixels
 CUTOUT = 8  # pixels, the side of the square
 EVALUATION_BATCH = 250  # images
-
-
-def choose_device(name="auto"):
-    """The torch.device of that name; "auto" is CUDA where there is one, else the CPU.
-
-    ValueError if there is no such device.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", parallel.LOCAL_RANK)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(
-            f"--device {name}: not to be had here ({reason}); try --device cpu"
-        ) from error
-    return device
-
-
-def describe(device):
-    """What a device is, for people: "cuda (NVIDIA H200)" or "cpu (x86_64, 2 threads)"."""
-    if device.type == "cuda":
-        return f"{device} ({torch.cuda.get_device_name(device)})"
-    return f"{device} ({platform.machine()}, {torch.get_num_threads()} threads)"
 
 
 def load(dataset, data_dir="data", train=True):

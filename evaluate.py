@@ -22,10 +22,11 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from data import CLASSES, EVALUATION_BATCH, batches, choose_device, load, normalised
+from data import CLASSES, EVALUATION_BATCH, batches, load, normalised
+from device import PRECISIONS, autocast, choose_device
 from figures import gate_figures, prediction_figures
 from history import read_history, write_atomically, write_history
-from model import IMAGE_SIZE, PRECISIONS, autocast, build_model
+from model import IMAGE_SIZE, build_model
 from options import HelpFormatter
 
 CHECKPOINT_FORMAT = "gated multi-convolution checkpoint 1"
@@ -51,7 +52,7 @@ def parse_args(argv=None):
         "--precision",
         choices=PRECISIONS,
         default="auto",
-        help="auto: bfloat16 on CUDA, float32 elsewhere",
+        help="of the forward pass; auto: that of training",
     )
     return parser.parse_args(argv)
 
@@ -183,6 +184,8 @@ def opened(args):
     device = choose_device(args.device)
     checkpoint = load_checkpoint(args.checkpoint)
     model = rebuild(checkpoint, args.checkpoint)  # which checks what is in the checkpoint
+    if args.precision == "auto":
+        args.precision = checkpoint["config"].get("precision", "auto")
     return checkpoint["config"], model.to(device), device
 
 

@@ -18,7 +18,6 @@ from torch import nn
 
 IMAGE_SIZE = 32  # pixels
 GRID = 8  # the classifier pools to (AdaptiveAvgPool2d) or by (AvgPool2d) 8x8
-PRECISIONS = ("auto", "float32", "bfloat16")
 
 GATES = {
     "softmax": nn.Softmax(dim=1),  # over the k coefficients of one image
@@ -70,8 +69,10 @@ class Block(nn.Module):
         self.residual = residual and in_channels == out_channels
 
     def coefficients(self, images):
-        """The gate's coefficients a of each image: (N, in_channels, H, W) -> (N, k)."""
-        return self.gate(self.gate_linear(images.mean(dim=(2, 3))))
+        """The gate's coefficients a of each image, float32: (N, in_channels, H, W) -> (N, k)."""
+        pooled = images.mean(dim=(2, 3))
+        with torch.autocast(images.device.type, enabled=False):  # softmax is to sum to one
+            return self.gate(self.gate_linear(pooled.to(self.gate_linear.weight.dtype)))
 
     def forward(self, images):
         mix = {"outputs": self.mix_outputs, "kernels": self.mix_kernels}[self.mix_on(images.device)]
@@ -79,13 +80,14 @@ class Block(nn.Module):
         return images + outputs if self.residual else outputs
 
     def mix_on(self, device):
-        """The form that `mix` means on this device, "outputs" or "kernels"."""
+        """The form that `mix` means on this device, in autocast or not: "outputs" or "kernels"."""
         if self.mix != "auto":
             return self.mix
-        # Forward and backward with k = 3 on two AVX-512 cores, mixed kernels were 1.6 to 5 times as
-        # fast as weighted outputs for 3 to 16 up to 256 to 512 channels, and 0.8 times for 8 to 4.
-        # With 16x16 pixels they were 1.5 to 1.9 times as fast, with 8x8 0.5 to 0.9, with 4x4 less.
-        worthwhile = device.type == "cpu" and self.out_channels >= 8 and self.size >= 16
+        # Forward and backward with k = 3 on two AVX-512 cores: with 32x32 or 16x16 pixels mixed
+        # kernels were 1.4 to 2.7 times as fast as weighted outputs (float32 with 4 channels: 0.8
+        # to 1.4), with 8x8 0.8 to 1.1 times, with 4x4 0.3 to 0.5.
+        narrow = self.out_channels < 8 and not torch.is_autocast_enabled(device.type)
+        worthwhile = device.type == "cpu" and self.size >= 16 and not narrow
         return "kernels" if worthwhile else "outputs"
 
     def mix_outputs(self, images, coefficients):
@@ -124,50 +126,47 @@ class MixedConvolution(torch.autograd.Function):
     def forward(ctx, images, coefficients, kernels, biases):
         ctx.save_for_backward(images, coefficients, kernels, biases)
         device = images.device.type
-        enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-        ctx.autocast = {"device_type": device, "dtype": dtype, "enabled": enabled}
-        parts = _in_chunks(kernels, images, coefficients)
-        return torch.cat([_convolve_each(x, a, kernels, a @ biases) for x, a in parts])
+        autocast = torch.is_autocast_enabled(device)
+        ctx.dtype = torch.get_autocast_dtype(device) if autocast else images.dtype
+        x, a, w, b = (tensor.to(ctx.dtype) for tensor in (images, coefficients, kernels, biases))
+        return torch.cat([_convolve_each(x, a, w, a @ b) for x, a in _in_chunks(w, x, a)])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        with torch.autocast(**ctx.autocast):  # as in the forward pass; custom_bwd is for one device
-            return MixedConvolution.gradients(ctx, grad)
-
-    @staticmethod
-    def gradients(ctx, grad):
-        """Those of forward's arguments, from that of its output."""
-        images, coefficients, kernels, biases = ctx.saved_tensors
+        images, coefficients, w, b = (tensor.to(ctx.dtype) for tensor in ctx.saved_tensors)
         grad_sums = grad.sum((2, 3))
         grad_coefficients, grad_images = [], [] if ctx.needs_input_grad[0] else None
-        grad_kernels = torch.zeros_like(kernels).flatten(1)
-        turned = kernels.transpose(1, 2).flip(3, 4).contiguous()
-        for x, a, dy in _in_chunks(kernels, images, coefficients, grad):
+        grad_kernels = torch.zeros_like(ctx.saved_tensors[2]).flatten(1)
+        # oneDNN is slow at this gradient of fewer than 16 channels in bfloat16.
+        slow_dtype = torch.float32 if ctx.dtype == torch.bfloat16 and w.shape[1] < 16 else ctx.dtype
+        turned = w.transpose(1, 2).flip(3, 4).contiguous()
+        for x, a, dy in _in_chunks(w, images, coefficients, grad):
             if grad_images is not None:
                 grad_images.append(_convolve_each(dy, a, turned))
-            size = (len(x) * kernels.shape[1], *kernels.shape[2:])
-            x, dy = _as_groups(x.to(dy.dtype)), _as_groups(dy)
+            size = (len(x) * w.shape[1], *w.shape[2:])
+            x, dy = (_as_groups(part).to(slow_dtype) for part in (x, dy))
             grad_mixed = nn.grad.conv2d_weight(x, size, dy, padding=1, groups=len(a))
-            grad_mixed = grad_mixed.view(len(a), -1)
+            grad_mixed = grad_mixed.view(len(a), -1).to(ctx.dtype)
             grad_kernels += a.T @ grad_mixed
-            grad_coefficients.append(grad_mixed @ kernels.flatten(1).T)
+            grad_coefficients.append(grad_mixed @ w.flatten(1).T)
         return (
             None if grad_images is None else torch.cat(grad_images),
-            torch.cat(grad_coefficients) + grad_sums @ biases.T,
-            grad_kernels.view_as(kernels),
+            torch.cat(grad_coefficients) + grad_sums @ b.T,
+            grad_kernels.view_as(w),
             coefficients.T @ grad_sums,
         )
 
 
 def _in_chunks(kernels, *tensors):
-    """The tensors (N, ...) in chunks of images that, with their kernels and outputs, take 20 MB.
+    """The tensors (N, ...) in chunks of images that stay in the cache with kernels and outputs.
 
-    So they stay in the cache; 12 to 36 MB are about as fast.
+    In float32 that is 20 MB (12 to 36 MB are about as fast), in bfloat16 40 MB (30 to 90 MB).
     """
     _, outputs, inputs, *_ = kernels.shape
     numbers = kernels[0].numel() + (inputs + outputs) * tensors[0][0, 0].numel()
-    size = max(1, 20_000_000 // (numbers * kernels.element_size()))
+    limit = 40_000_000 if kernels.dtype == torch.bfloat16 else 20_000_000  # bytes
+    size = max(1, limit // (numbers * kernels.element_size()))
     return zip(*(tensor.split(size) for tensor in tensors))
 
 
@@ -258,19 +257,6 @@ def initialise_he(module):
     if isinstance(module, (nn.Conv2d, nn.Linear)):
         nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
         nn.init.zeros_(module.bias)
-
-
-def precision_on(device, precision="auto"):
-    """What a precision of PRECISIONS means there: "auto" is bfloat16 on CUDA, else float32."""
-    if precision == "auto":
-        return "bfloat16" if device.type == "cuda" else "float32"
-    return precision
-
-
-def autocast(device, precision="auto"):
-    """The context of a forward pass in that precision."""
-    enabled = precision_on(device, precision) == "bfloat16"
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
 
 
 def costs(model):

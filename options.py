@@ -6,8 +6,9 @@ from itertools import pairwise
 from pathlib import Path
 
 from data import AUGMENTATIONS, CLASSES
+from device import PRECISIONS
 from history import hyperparameters
-from model import DEFAULTS, GATES, IMAGE_SIZE, PRECISIONS
+from model import DEFAULTS, GATES, IMAGE_SIZE
 from optimisation import OPTIMIZERS
 
 MOST_HALVINGS = 4  # to 2x2: batch statistics of a single image need more than one pixel
@@ -77,7 +78,8 @@ def parse_args(description, argv=None):
     add("--seed", type=number(int, 0), default=0, help="of everything random")
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps ...; auto: cuda if there is one")
     add("--precision", choices=PRECISIONS, default="auto",
-        help="of the forward pass; auto: bfloat16 on cuda, else float32")  # fmt: skip
+        help="of the forward pass; auto: bfloat16 on cuda and on CPUs with instructions for it, "
+        "else float32")  # fmt: skip
     add("--mix", choices=("auto", "outputs", "kernels"), default=DEFAULTS["mix"],
         help="how a block forms its sum: weighted outputs, or kernels mixed first")  # fmt: skip
     add("--compile", action="store_true", help="torch.compile the network")

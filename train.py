@@ -26,9 +26,10 @@ import data
 import parallel
 import state
 from console import HEADER, Progress, environment, epoch_line, summary
+from device import autocast, choose_device
 from evaluate import predict, write_checkpoint
 from history import write_history
-from model import autocast, build_model, costs
+from model import build_model, costs
 from optimisation import make_average, make_optimizer, make_scheduler
 from options import parse_args
 
@@ -59,7 +60,7 @@ class Run:
         history, saved = state.find(args.out, self.config)
         if history and history["finished"] and len(history["epochs"]) == args.epochs:
             raise Stopped(f"{self.path('.json')} is finished: nothing to do", code=0)
-        self.device = data.choose_device(args.device)
+        self.device = choose_device(args.device)
         parallel.join(self.device)
         with parallel.first_process_first():  # it may have to download
             self.train_set, self.validation_set = self.load_data()

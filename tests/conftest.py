@@ -14,7 +14,10 @@ from history import read_history
 from options import parse_args
 
 # The smallest run that goes through everything: 2 epochs of 4 batches, the last one smaller.
-TINY = "--dataset shapes --arch 4 8 --k 2 --hidden 8 --limit 100 --batch-size 32 --epochs 2".split()
+TINY = (
+    "--dataset shapes --arch 4 8 --k 2 --hidden 8 --limit 100 --batch-size 32 --epochs 2 "
+    "--precision float32"
+).split()
 # All that goes beyond the report, at once; the second block keeps its width.
 RECIPE = (
     "--arch 8 8 12 --norm batch --downsample --residual --augment cutout --label-smoothing 0.1 "

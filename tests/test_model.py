@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from device import autocast
 from model import GATES, Block, build_model, costs
 
 
@@ -157,14 +158,33 @@ def test_the_classifier_copes_with_smaller_maps(arch, size):
         assert model(torch.randn(2, 3, 32, 32)).shape == (2, 10)
 
 
-def test_mixed_kernels_are_chosen_on_a_cpu_for_wide_blocks_and_large_maps():
+def test_mixed_kernels_are_chosen_on_a_cpu_for_large_maps_but_for_few_channels_in_float32():
     cpu = torch.device("cpu")
-    chosen = [
-        Block(8, width, 3, size=size).mix_on(cpu) for width, size in [(8, 16), (8, 8), (4, 16)]
-    ]
-    assert chosen == ["kernels", "outputs", "outputs"]
+    blocks = [Block(8, width, 3, size=size) for width, size in [(8, 16), (8, 8), (4, 16)]]
+    chosen = {}
+    for precision in ("float32", "bfloat16"):
+        with autocast(cpu, precision):
+            chosen[precision] = [block.mix_on(cpu) for block in blocks]
+    assert chosen["float32"] == ["kernels", "outputs", "outputs"]
+    assert chosen["bfloat16"] == ["kernels", "outputs", "kernels"]
     assert Block(8, 8, 3).mix_on(torch.device("cuda")) == "outputs"
     assert Block(8, 4, 3, mix="kernels", size=4).mix_on(cpu) == "kernels"
+
+
+@pytest.mark.parametrize("outputs", [8, 32])  # narrow gradients are computed in float32
+def test_in_bfloat16_mixed_kernels_stay_close_and_gradients_float32(outputs):
+    torch.manual_seed(0)
+    block = Block(16, outputs, 3, mix="kernels")
+    images, results = torch.randn(40, 16, 32, 32, requires_grad=True), []
+    for precision in ("float32", "bfloat16"):
+        with autocast(torch.device("cpu"), precision):
+            output = block(images)
+        gradients = torch.autograd.grad((output.float() ** 2).sum(), [images, *block.parameters()])
+        assert all(gradient.dtype == torch.float32 for gradient in gradients)
+        results.append([output.float(), *gradients])
+    assert output.dtype == torch.bfloat16
+    for exact, rounded in zip(*results):
+        assert (rounded - exact).norm() < 0.05 * exact.norm()
 
 
 def test_costs_fall_with_the_size_of_the_maps():

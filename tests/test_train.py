@@ -47,6 +47,7 @@ def test_a_run_leaves_its_history_and_its_checkpoint(run, tmp_path):
     assert history["finished"] is True
     assert len(history["batch_losses"]) == 2 * 4
     assert [epoch["epoch"] for epoch in history["epochs"]] == [1, 2]
+    assert history["environment"]["precision"] == "float32"
     assert history["environment"]["mix"] == ["outputs", "kernels"]
     assert torch.load(tmp_path / "run.pt", weights_only=True)["config"] == history["config"]
 
@@ -249,7 +250,9 @@ def test_durations_are_readable(seconds, text):
 
 
 @pytest.mark.parametrize("batches", [2, 4, 6, 13])  # within, at the end of, after the first epoch
-@pytest.mark.parametrize("changes", [[], RECIPE], ids=["report", "recipe"])
+@pytest.mark.parametrize(
+    "changes", [[], RECIPE, ["--precision", "bfloat16"]], ids=["report", "recipe", "bfloat16"]
+)
 def test_an_interrupted_run_goes_on_to_the_same_end(run, monkeypatch, tmp_path, batches, changes):
     options = ["--augment", "crop", "flip", *changes, "--epochs", "3"]
     whole = without_times(run(*options))
