@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Replays the report: trains and evaluates each of its rows, draws them, prints the results table.
+# Replays the report: trains and tests each of its rows, draws them, prints the results table.
 # Then goes past it: row `best` is a deeper network of the same blocks, trained as networks are now.
 #
 #   bash ablations.sh                                        # all rows
@@ -9,71 +9,14 @@
 #   bash ablations.sh row4 -- --device cpu                   # what follows -- goes to train.py
 #   bash ablations.sh row4 -- --seed 1                       # beside seed 0, as row4-seed1
 #   bash ablations.sh -- --dataset shapes --limit 256 --epochs 1 --out runs/trial
-#   LAUNCH="torchrun --nproc-per-node=2" bash ablations.sh   # something else than python train.py
+#   LAUNCH="torchrun --nproc-per-node=2" bash ablations.sh   # something else than python
 #
 # Finished rows are skipped and interrupted ones go on. A failing row does not stop the others, but
 # is named at the end, and the exit code is then 1. With --holdout the test images stay unseen.
 set -u
-trap 'exit 130' INT
-rows=$(sed -n 's/^row \([^ ]*\).*/\1/p' ablations.sh)
-wanted=" "
-while [ $# -gt 0 ] && [ "$1" != -- ]; do
-    case " ${rows//$'\n'/ } parts " in
-    *" $1 "*) wanted+="$1 " ;;
-    *) echo "ablations.sh: error: there is no row '$1', only" $rows parts >&2 && exit 2 ;;
-    esac
-    shift
-done
-shift $(($# > 0)) # the --
-
-out=runs
-suffix=
-previous=
-for argument in "$@"; do
-    case $previous in
-    --out) out=$argument ;;
-    --seed) suffix=-seed$argument ;;
-    esac
-    case $argument in
-    --out=*) out=${argument#*=} ;;
-    --seed=*) suffix=-seed${argument#*=} ;;
-    esac
-    previous=$argument
-done
-extra=("$@")
-failed=
-
-replay() { # replay NAME OPTION...: train, then test, unless images are held out for that
-    local name=$1$suffix
-    shift
-    set -- "$@" ${extra[@]+"${extra[@]}"}
-    echo "== $name"
-    ${LAUNCH:-python} train.py "$@" --name "$name" --resume &&
-        { [[ " $* " == *" --holdout"[=\ ]* ]] || grep -q '^ "test":' "$out/$name.json" ||
-            python evaluate.py "$out/$name.pt"; } ||
-        failed+=" $name"
-}
-
-row() { # row NAME REPORTED OPTION...: the report's figure, and what differs from its final model
-    local name=$1 reported=$2
-    if [ "$wanted" != " " ] && [[ $wanted != *" $name "* ]]; then return; fi
-    shift 2
-    if [ "$reported" != - ]; then set -- "$@" --reported "$reported"; fi
-    replay "$name" "$@"
-}
+here=$(dirname "$0")
 
 simple="--init default --schedule none --epochs 30" # what the report's first rows had
-row row1 52.00 --arch 64 128 256 --k 2 --no-block-relu --fc 1 --pool avg $simple
-row row2 72.00 --arch 64 128 256 --k 2 --fc 1 $simple
-row row3 82.01 $simple
-row row4 61.00 --arch 16 8 4 --fc 1 $simple
-row row5 79.34 --dropout 0 --init default --schedule none
-row row6 82.97
-row final 82.84
-row sgd 10.00 --optimizer sgd
-row adam - --optimizer adam
-row gate-relu - --gate relu
-
 network="--arch 64 64 128 128 256 256 512 512 --fc 1 --pool avg --batch-size 256 --epochs 30"
 parts=( # of the recipe, by name
     "norm --norm batch"
@@ -89,12 +32,106 @@ parts=( # of the recipe, by name
 )
 recipe=
 for part in "${parts[@]}"; do recipe+=" ${part#* }"; done
-row best - $network $recipe
+
+rows=( # name, the report's accuracy, and what differs from its final model
+    "row1 52.00 --arch 64 128 256 --k 2 --no-block-relu --fc 1 --pool avg $simple"
+    "row2 72.00 --arch 64 128 256 --k 2 --fc 1 $simple"
+    "row3 82.01 $simple"
+    "row4 61.00 --arch 16 8 4 --fc 1 $simple"
+    "row5 79.34 --dropout 0 --init default --schedule none"
+    "row6 82.97"
+    "final 82.84" # the same training as row6, which is done once
+    "sgd 10.00 --optimizer sgd"
+    "adam - --optimizer adam"
+    "gate-relu - --gate relu"
+    "best - $network $recipe"
+)
+names=$(printf '%s\n' "${rows[@]}" | cut -d ' ' -f 1)
+
+wanted=
+while [ $# -gt 0 ] && [ "$1" != -- ]; do
+    case " ${names//$'\n'/ } parts " in
+    *" $1 "*) wanted+=" $1" ;;
+    *) echo "ablations.sh: error: there is no row '$1', only" $names parts >&2 && exit 2 ;;
+    esac
+    shift
+done
+shift $(($# > 0)) # the --
+extra=("$@")
+wanted=${wanted:-$names}
+
+out=runs
+suffix=
+previous=
+for argument in "$@"; do
+    case $previous in
+    --out) out=$argument ;;
+    --seed) suffix=-seed$argument ;;
+    esac
+    case $argument in
+    --out=*) out=${argument#*=} ;;
+    --seed=*) suffix=-seed${argument#*=} ;;
+    esac
+    previous=$argument
+done
+if [ "$suffix" = -seed0 ]; then suffix=; fi # which every row has anyway
+
+child=
+stop() { # stop SIGNAL CODE: pass the signal on, and end when the script has ended
+    if [ -n "$child" ]; then kill -s "$1" "$child" && wait "$child"; fi
+    exit "$2"
+}
+trap 'stop TERM 143' TERM
+trap 'stop TERM 130' INT
+
+run() { # run SCRIPT OPTION...: with python, or as LAUNCH says
+    ${LAUNCH:-python} "$here/$1" "${@:2}" &
+    child=$!
+    wait "$child"
+}
+
+failed=
+replay() { # replay NAME OPTION...: train, then test, unless images are held out for that
+    local name=$1$suffix
+    echo "== $name"
+    run train.py "${@:2}" ${extra[@]+"${extra[@]}"} --name "$name" --resume &&
+        LAUNCH= run evaluate.py "$out/$name.pt" --once || failed+=" $name"
+}
+
+draw() { # draw OPTION... HISTORY...: those that exist
+    local words=()
+    for word in "$@"; do
+        if [[ $word != *.json || -e $word ]]; then words+=("$word"); fi
+    done
+    if [[ " ${words[*]-} " == *.json\ * ]]; then
+        LAUNCH= run plot.py "${words[@]}" || failed+=" plot"
+    fi
+}
+
+copy_finished() { # copy_finished FROM TO: a finished run under another name, for --resume to find
+    local from=$out/$1$suffix to=$out/$2$suffix
+    if [ -e "$from.pt" ] && [ ! -e "$to.json" ]; then
+        cp "$from.pt" "$to.pt" && cp "$from.json" "$to.json"
+    fi
+}
+
+histories=()
+for row in "${rows[@]}"; do
+    read -r name reported options <<<"$row"
+    if [[ " ${wanted//$'\n'/ } " == *" $name "* ]]; then
+        case $name in
+        row6) copy_finished final row6 ;;
+        final) copy_finished row6 final ;;
+        esac
+        if [ "$reported" != - ]; then options+=" --reported $reported"; fi
+        replay "$name" $options
+    fi
+    histories+=("$out/$name.json" "$out/$name"-seed*.json)
+done
 
 # The network of `best` with none of the parts, all, one, all but one: 22 runs that leave the test
 # images unseen and are therefore drawn by themselves.
-if [[ $wanted == *" parts "* ]]; then
-    rows="parts-*"
+if [[ " ${wanted//$'\n'/ } " == *" parts "* ]]; then
     network+=" --holdout 5000"
     replay parts-none $network
     replay parts-all $network $recipe
@@ -103,15 +140,10 @@ if [[ $wanted == *" parts "* ]]; then
         replay "parts-only-${part%% *}" $network $options
         replay "parts-without-${part%% *}" $network ${recipe/"$options"/}
     done
+    draw --out "$out/parts" "$out"/parts-*.json
 fi
+draw "${histories[@]}"
 
-histories=()
-for name in $rows; do
-    for history in "$out"/$name.json "$out"/$name-seed*.json; do
-        if [ -e "$history" ]; then histories+=("$history"); fi
-    done
-done
-if [ ${#histories[@]} -gt 0 ]; then python plot.py "${histories[@]}" || failed+=" plot"; fi
 if [ -n "$failed" ]; then
     echo "ablations.sh: error: failed:$failed" >&2
     exit 1

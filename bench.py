@@ -1,24 +1,21 @@
 """Time the blocks, the training step and the loader against their textbook forms.
 
-python bench.py                                # under four minutes on two CPU cores
+python bench.py                                # a quarter of an hour on two CPU cores
 python bench.py --only loader                  # a part of it
-python bench.py --json results/bench/cpu.json  # keep the figures
+python bench.py --json results/bench/cpu.json  # keep the seconds and ratios
 
-Both forms run in this one process, in turn, on the same data: seconds are medians over the turns,
-ratios are taken turn by turn. The textbook forms are what a good student writes from the report's
-text; on CUDA they get what ours get: channels_last, autocast, a fused optimiser.
+The textbook forms are what a good student writes from the report's text. Ours compute in the
+precision that `auto` means on the machine; the textbook in float32, and in bfloat16 where that is
+what ours do. Each form has a process of its own and takes turns with the other on the same data:
+seconds are medians over the turns, ratios are taken turn by turn.
 """
 
-import argparse
 import json
 import multiprocessing
-import resource
 import statistics
 import sys
-import tempfile
 import time
-from functools import partial
-from itertools import accumulate
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
@@ -29,34 +26,38 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 import data
-import train
-from device import autocast, choose_device, describe
-from history import read_history, write_text
+from device import autocast, choose_device, describe, precision_on
+from history import make_parser, write_text
 from model import Block, build_model
 
-ROWS = {  # those of the report that are timed, and the batch size on the CPU
+ROWS = {  # of ablations.sh: options of the network, batch size
     "row 4": ({"arch": [16, 8, 4], "fc": 1}, 128),
-    "row 2": ({"arch": [64, 128, 256], "k": 2, "fc": 1}, 32),
-    "the final model": ({}, 32),
-}
-REPORTED = 82.84  # test accuracy of the report's final model, in per cent
+    "row 2": ({"arch": [64, 128, 256], "k": 2, "fc": 1}, 128),
+    "the final model": ({}, 128),
+    "best": (
+        {"arch": [64, 64, 128, 128, 256, 256, 512, 512], "fc": 1, "pool": "avg", "norm": "batch",
+         "downsample": True, "residual": True},
+        256,
+    ),
+}  # fmt: skip
 
 
 class TextbookBlock(nn.Module):
     """A block as the report writes it: k convolutions, their outputs weighted and added."""
 
-    def __init__(self, in_channels, out_channels, k):
+    def __init__(self, block):
         super().__init__()
-        self.convs = nn.ModuleList(
-            nn.Conv2d(in_channels, out_channels, 3, padding=1) for _ in range(k)
-        )
-        self.gate_linear = nn.Linear(in_channels, k)
+        inputs, outputs = block.convs.in_channels, block.out_channels
+        self.convs = nn.ModuleList(nn.Conv2d(inputs, outputs, 3, padding=1) for _ in range(block.k))
+        self.gate_linear = nn.Linear(inputs, block.k)
+        self.norm, self.residual = block.norm, block.residual
 
     def forward(self, images):
         coefficients = self.gate_linear(images.mean(dim=(2, 3))).softmax(dim=1)
         outputs = [conv(images) for conv in self.convs]
         weighted = [a[:, None, None, None] * o for a, o in zip(coefficients.unbind(1), outputs)]
-        return F.relu(sum(weighted))
+        outputs = F.relu(self.norm(sum(weighted)))
+        return images + outputs if self.residual else outputs
 
 
 class PerImage(Dataset):
@@ -76,292 +77,222 @@ class PerImage(Dataset):
         return self.transform(Image.fromarray(self.images[index])), self.labels[index]
 
 
-def compare(what, ours, textbook, device, turns=3):
-    """Time two functions in turn, after one turn to warm up; a row of the results."""
-    seconds = []
-    for _ in range(turns + 1):
-        seconds.append([timed(textbook, device), timed(ours, device)])
-    textbook_seconds, ours_seconds = (statistics.median(column) for column in zip(*seconds[1:]))
-    ratios = [slow / fast for slow, fast in seconds[1:]]
-    result = {
-        "what": what,
-        "ours_seconds": ours_seconds,
-        "textbook_seconds": textbook_seconds,
-        "ratio": statistics.median(ratios),
-        "ratio_min": min(ratios),
-        "ratio_max": max(ratios),
-    }
+def compare(what, ours, other, name, turns=3):
+    """Time two forms in turn, after a turn to warm up; a row of the results.
+
+    Each is (a function that builds a function to time, its arguments ...); `name` is the other's.
+    """
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, context) as left, ProcessPoolExecutor(1, context) as right:
+        for process, form in ((left, ours), (right, other)):
+            process.submit(prepare, *form).result()
+        both = [
+            [process.submit(time_step).result() for process in (left, right)]
+            for _ in range(turns + 1)
+        ][1:]
+    ratios = [other / ours for ours, other in both]
+    seconds, other_seconds = map(statistics.median, zip(*both))
     print(
-        f"{what:<52} {1000 * ours_seconds:>9.1f} {1000 * textbook_seconds:>9.1f}"
-        f"   {result['ratio']:>6.2f}  ({min(ratios):.2f} to {max(ratios):.2f})",
+        f"{what:<46} {1000 * seconds:>9.1f} {1000 * other_seconds:>9.1f}"
+        f"  {statistics.median(ratios):>6.2f} ({min(ratios):.2f} to {max(ratios):.2f})  {name}",
         flush=True,
     )
-    return result
+    return {
+        "what": what, "against": name, "seconds": seconds, "other_seconds": other_seconds,
+        "ratio": statistics.median(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios),
+    }  # fmt: skip
 
 
-def timed(function, device):
+def prepare(build, *arguments):
+    """In a process of its own: build the function that time_step times."""
+    global step, synchronise
+    step = build(*arguments)
+    synchronise = torch.cuda.synchronize if torch.cuda.is_initialized() else lambda: None
+
+
+def time_step():
     """Wall-clock seconds of a call, the device's work included."""
-    synchronise(device)
+    synchronise()
     began = time.perf_counter()
-    function()
-    synchronise(device)
+    step()
+    synchronise()
     return time.perf_counter() - began
 
 
-def synchronise(device):
-    """Wait for what the device still has to do."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def on_device(tensor_or_module, device):
+def place(tensor_or_module, device):
     """A module, or images (N, C, H, W), in the memory format that train.py uses on the device."""
     kind = torch.channels_last if device.type == "cuda" else torch.contiguous_format
     return tensor_or_module.to(device, memory_format=kind)
 
 
-def block_step(block, images):
-    """A function that runs a block forward and backward."""
+def build_block(inputs, outputs, size, batch, device, precision, textbook=False, mix="auto"):
+    """A function that runs a block with k = 3 forward and backward."""
+    if not textbook:
+        choose_device(str(device))  # keeps memory
+    block = Block(inputs, outputs, 3, mix=mix, size=size)
+    block = place(TextbookBlock(block) if textbook else block, device)
+    images = place(torch.randn(batch, inputs, size, size), device)
+    if precision == "bfloat16" and inputs > 3:
+        images = images.bfloat16()  # as the block before gives them
+    images.requires_grad_(inputs > 3)
 
     def step():
         block.zero_grad()
         images.grad = None
-        with autocast(images.device):
+        with autocast(device, precision):
             output = block(images)
         output.backward(output.detach())
 
     return step
 
 
-def final_blocks(device, batch):
-    """(name, block, images) of each block of the final model; the first passes no gradient on."""
-    for block in build_model({"fc": 1}).backbone:
+def build_convolutions(batch, device, precision):
+    """A function that runs the final model's mixed convolutions alone, forward and backward."""
+    choose_device(str(device))
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    work = []
+    for block in build_model({"fc": 1}).to(device).backbone:
         inputs = block.convs.in_channels
-        images = on_device(torch.randn(batch, inputs, 32, 32), device).requires_grad_(inputs > 3)
-        name = f"block {inputs} to {block.out_channels}, k = {block.k}"
-        yield name, on_device(block, device), images
-
-
-def bench_blocks(device):
-    """Each block of the final model, forward and backward."""
-    for name, block, images in final_blocks(device, 128 if device.type == "cuda" else 32):
-        textbook = TextbookBlock(block.convs.in_channels, block.out_channels, block.k)
-        textbook = block_step(on_device(textbook, device), images)
-        yield compare(name, block_step(block, images), textbook, device, turns=5)
-
-
-def bench_mix(device):
-    """Mixed kernels (as ours) against weighted outputs (as textbook), by width and image size."""
-    batch = 512 if device.type == "cuda" else 64
-    for size in (32, 16, 8, 4):
-        for inputs, outputs in ((16, 16), (64, 64), (128, 256)):
-            images = on_device(torch.randn(batch, inputs, size, size), device).requires_grad_()
-            forms = {mix: Block(inputs, outputs, 3, mix=mix) for mix in ("kernels", "outputs")}
-            steps = [block_step(on_device(block, device), images) for block in forms.values()]
-            what = f"kernels against outputs, {inputs} to {outputs}, {size}x{size}"
-            yield compare(what, *steps, device)
-
-
-def bench_rate(device):
-    """The final model's mixed convolutions against matrix products of as many operations."""
-    blocks = list(final_blocks(device, 128 if device.type == "cuda" else 32))
-    steps, macs = [], 0
-    for _, block, images in blocks:
-        coefficients = block.coefficients(images).detach().requires_grad_()
-        steps.append(convolution_step(block, images, coefficients))
-        passes = 3 if images.requires_grad else 2  # forward; backward of kernels, of images
-        macs += passes * len(images) * block.macs("kernels")
-    size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (2048, torch.float32)
-    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    products = max(1, round(macs / size**3))
-    yield compare(
-        f"final model's convolutions, against {products} products",
-        lambda: [step() for step in steps],
-        lambda: [left @ right for _ in range(products)],
-        device,
-        turns=5,
-    )
-
-
-def convolution_step(block, images, coefficients):
-    """A function that runs a block's mixed convolution alone forward and backward."""
+        images = torch.randn(batch, inputs, 32, 32, device=device, dtype=dtype)
+        coefficients = torch.rand(batch, block.k, device=device, requires_grad=True)
+        work.append((block, images.requires_grad_(inputs > 3), coefficients))
 
     def step():
-        block.zero_grad()
-        images.grad = coefficients.grad = None
-        with autocast(images.device):
-            output = block.mix_kernels(images, coefficients)
-        output.backward(output.detach())
+        for block, images, coefficients in work:
+            block.zero_grad()
+            images.grad = coefficients.grad = None
+            with autocast(device, precision):
+                output = block.mix_kernels(images, coefficients)
+            output.backward(output.detach())
 
     return step
 
 
-def textbook_model(options):
-    """build_model's network with textbook blocks."""
-    model = build_model(options)
-    blocks = [TextbookBlock(b.convs.in_channels, b.out_channels, b.k) for b in model.backbone]
-    model.backbone = nn.Sequential(*blocks)
-    return model
+def build_products(batch, device, precision):
+    """A function that multiplies matrices, about as many operations as build_convolutions'."""
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    size = 8192 if device.type == "cuda" else 2048
+    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    macs = 0
+    for block in build_model({"fc": 1}).backbone:  # forward; backward of kernels, of images
+        macs += (3 if block.convs.in_channels > 3 else 2) * batch * block.macs("kernels")
+    return lambda: [left @ right for _ in range(max(1, round(macs / size**3)))]
 
 
-def training_step(options, device, textbook):
-    """A function of (images, labels) that trains the network of these options by one step."""
+def build_training(row, device, precision, textbook=False):
+    """A function that trains the network of a row of ROWS by one step on random images."""
+    options, batch = ROWS[row]
+    if not textbook:
+        choose_device(str(device))
     torch.manual_seed(0)
-    model = on_device(textbook_model(options) if textbook else build_model(options), device)
+    model = build_model(options)
+    if textbook:
+        layers = [TextbookBlock(b) if isinstance(b, Block) else b for b in model.backbone]
+        model.backbone = nn.Sequential(*layers)
+    model = place(model, device)
     fused = device.type == "cuda" or not textbook
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.001, fused=fused)
+    images = torch.randn(batch, 3, 32, 32, device=device)
+    labels = torch.randint(10, (batch,), device=device)
 
-    def step(images, labels):
+    def step():
         optimizer.zero_grad()
-        with autocast(device):
+        with autocast(device, precision):
             loss = F.cross_entropy(model(images), labels)
         loss.backward()
         optimizer.step()
-        return loss.item() if textbook else loss.detach()
+        return loss.detach()
 
     return step
 
 
-def bench_steps(device):
-    """Whole training steps of rows of the report, on random images."""
-    for row, (options, batch) in ROWS.items():
-        batch = 128 if device.type == "cuda" else batch
-        images = torch.randn(batch, 3, 32, 32, device=device)
-        labels = torch.randint(10, (batch,), device=device)
-        ours, textbook = (training_step(options, device, textbook) for textbook in (False, True))
-        what = f"training step of {row}, batch {batch}"
-        yield compare(
-            what, partial(ours, images, labels), partial(textbook, images, labels), device
-        )
-
-
-def bench_loader(device):
-    """An epoch of 10,000 images against torchvision's pipeline, with and without workers."""
+def build_loader(device, augment, workers=None):
+    """A function that goes through 10,000 shapes: our batches, or torchvision's with workers."""
     dataset = data.load("shapes")
+    names = ("crop", "flip") if augment else ()
+    loader = workers is not None and DataLoader(
+        PerImage(dataset, augment), 128, shuffle=True, num_workers=workers,
+        persistent_workers=workers > 0,
+    )  # fmt: skip
 
-    def through(loader):
-        for images, labels in loader:
+    def step():
+        for images, labels in loader or data.batches(
+            dataset, "shapes", 128, device, seed=0, augment=names
+        ):
             images.to(device), labels.to(device)
 
-    for augment in (False, True):
-        for workers in (0, 2):
-            textbook = DataLoader(
-                PerImage(dataset, augment), 128, shuffle=True, num_workers=workers,
-                persistent_workers=workers > 0,
-            )  # fmt: skip
-            names = data.AUGMENTATIONS if augment else ()
-            yield compare(
-                f"loader, {'crop and flip' if augment else 'plain'}, {workers} workers there",
-                lambda: through(data.batches(dataset, "shapes", 128, device, 0, augment=names)),  # noqa: B023
-                lambda: through(textbook),  # noqa: B023
-                device,
-            )
+    return step
 
 
-def bench_epoch(device):
-    """A training epoch, loader and all: of the final model on CIFAR-10 on CUDA, else of row 4."""
-    name, row = ("cifar10", "the final model") if device.type == "cuda" else ("shapes", "row 4")
-    dataset = data.load(name)
-    textbook_loader = DataLoader(PerImage(dataset, False), 128, shuffle=True, num_workers=2)
-    ours, textbook = (training_step(ROWS[row][0], device, kind) for kind in (False, True))
-
-    def epoch(loader, step):
-        for images, labels in loader:
-            step(images.to(device), labels.to(device))
-
-    yield compare(
-        f"epoch of {row} on {name}",
-        lambda: epoch(data.batches(dataset, name, 128, device, seed=0), ours),
-        lambda: epoch(textbook_loader, textbook),
-        device,
-        turns=1,
-    )
-
-
-def peak_memory(textbook, device):
-    """Peak bytes, of CUDA's memory or of the process, in training steps of the final model."""
-    options, batch = ROWS["the final model"]
-    step = training_step(options, device, textbook)
-    for _ in range(2):
-        step(torch.randn(batch, 3, 32, 32, device=device), torch.arange(batch, device=device) % 10)
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-def bench_memory(device):
-    """Peak memory of the final model's training step, each form in a process of its own."""
-    forms = {}
-    for name, textbook in (("ours", False), ("textbook", True)):
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            forms[f"{name}_bytes"] = pool.apply(peak_memory, (textbook, device))
-    print("peak memory of the final model's step: ", end="")
-    print(", ".join(f"{name[:-6]} {size / 2**30:.2f} GiB" for name, size in forms.items()))
-    return forms
+def bench(only, device):
+    """Yield a row of results for everything that is asked for."""
+    precision = precision_on(device)
+    precisions = ["float32"] if precision == "float32" else ["float32", precision]
+    batch = 128 if device.type == "cuda" else 32
+    if "block" in only:
+        for inputs, outputs in ((3, 64), (64, 128), (128, 256), (256, 512)):
+            block = (build_block, inputs, outputs, 32, batch, device)
+            for other in precisions:
+                yield compare(f"block {inputs} to {outputs}, k = 3", (*block, precision),
+                              (*block, other, True), f"textbook, {other}")  # fmt: skip
+    if "mix" in only:
+        for size in (32, 16, 8, 4):
+            for inputs, outputs in ((8, 4), (16, 16), (64, 64), (128, 256)):
+                block = (build_block, inputs, outputs, size, 2 * batch, device, precision, False)
+                what = f"mixed kernels, {inputs} to {outputs}, {size}x{size}"
+                yield compare(what, (*block, "kernels"), (*block, "outputs"), "weighted outputs")
+    if "rate" in only:
+        where = (4 * batch, device, precision)
+        ours, products = (build_convolutions, *where), (build_products, *where)
+        what = "the final model's convolutions"
+        yield compare(what, ours, products, f"matrix products, {precision}", turns=5)
+    if "step" in only:
+        for row, (_, images) in ROWS.items():
+            ours = (build_training, row, device, precision)
+            for other in precisions:
+                textbook = (build_training, row, device, other, True)
+                what = f"training step of {row}, batch {images}"
+                yield compare(what, ours, textbook, f"textbook, {other}")
+    if "loader" in only:
+        for augment in (False, True):
+            for workers in (0, 2):
+                what = "crop and flip" if augment else "plain"
+                yield compare(f"loader, {what}", (build_loader, device, augment),
+                              (build_loader, device, augment, workers),
+                              f"torchvision's, {workers} workers")  # fmt: skip
 
 
-def bench_run(device):
-    """The final model's run by train.py: its seconds, and those until the report's accuracy."""
-    with tempfile.TemporaryDirectory() as folder:
-        train.main(["--device", str(device), "--out", folder, "--name", "run"])
-        epochs = read_history(Path(folder) / "run.json")["epochs"]
-    seconds = list(accumulate(epoch["seconds"] for epoch in epochs))
-    reached = [s for s, epoch in zip(seconds, epochs) if epoch["val_accuracy"] >= REPORTED]
-    return {"seconds": seconds[-1], "seconds_to_reported": reached[0] if reached else None}
-
-
-PARTS = {
-    "block": bench_blocks,
-    "mix": bench_mix,
-    "rate": bench_rate,
-    "step": bench_steps,
-    "loader": bench_loader,
-    "epoch": bench_epoch,
-}
+PARTS = ("block", "mix", "rate", "step", "loader")
 
 
 def parse_args(argv=None):
     """The options, checked; usage errors exit with 2."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.partition("\n")[0],
-        epilog=__doc__.partition("\n")[2],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parts = [*PARTS, "memory", "run"]
-    parser.add_argument(
-        "--only", nargs="+", choices=parts, help="default: all, but `run` only on CUDA"
-    )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here as well")
+    parser = make_parser(__doc__)
+    add = parser.add_argument
+    add("--only", nargs="+", choices=PARTS, default=PARTS, help="parts of it")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1")
+    add("--json", type=Path, metavar="FILE", help="write the results here as well")
     return parser.parse_args(argv)
 
 
 def main(argv=None):
-    """Time what is asked for, and keep the figures; failures exit with 1 and a line."""
+    """Time what is asked for, and keep the results; failures exit with 1 and a line."""
     args = parse_args(argv)
     try:
-        report = bench(args)
+        device = choose_device(args.device)
+        name, precision = describe(device), precision_on(device)
+        report = {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__,
+                  "precision": precision}  # fmt: skip
+        print(f"{name}, PyTorch {torch.__version__}, ours in {precision}")
+        print(f"{'':<46} {'ours, ms':>9} {'other':>9}   other / ours")
+        report["results"] = list(bench(args.only, device))
         if args.json:
             args.json.parent.mkdir(parents=True, exist_ok=True)
             write_text(args.json, json.dumps(report, indent=1) + "\n")
     except (OSError, ValueError) as error:
         sys.exit(f"bench.py: error: {error}")
-
-
-def bench(args):
-    """Run the parts that are asked for; the figures as --json writes them."""
-    device = choose_device(args.device)
-    name = describe(device)
-    only = args.only or [*PARTS, "memory", *(["run"] if device.type == "cuda" else [])]
-    report = {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
-    print(f"{name}, PyTorch {torch.__version__}")
-    print(f"{'':<52} {'ours, ms':>9} {'textbook':>9}   textbook / ours")
-    report["results"] = [row for part in PARTS if part in only for row in PARTS[part](device)]
-    if "memory" in only:
-        report["memory"] = bench_memory(device)
-    if "run" in only:
-        report["run"] = bench_run(device)
-    return report
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -20,8 +20,6 @@ import torchvision
 from torch.utils.data import TensorDataset
 from torchvision.datasets.utils import check_integrity
 
-import parallel
-
 CLASSES = {
     "cifar10": "airplane automobile bird cat deer dog frog horse ship truck".split(),
     "shapes": "circle ring square frame triangle cross star bar crescent hourglass".split(),
@@ -52,35 +50,139 @@ def load(dataset, data_dir="data", train=True):
     return TensorDataset(images, torch.tensor(cifar10.targets))
 
 
+def load_both(dataset, data_dir="data", holdout=0, limit=None, device="cpu"):
+    """(training, validation) images of a data set on the device, TensorDatasets as `load` gives.
+
+    Validation is on the test images, or on `holdout` of the training images; `limit` is how many
+    are trained on. ValueError if there are not as many.
+    """
+    train_set = load(dataset, data_dir)
+    if holdout:
+        train_set, validation_set = hold_out(train_set, holdout)
+    else:
+        validation_set = load(dataset, data_dir, train=False)
+    if limit and limit > len(train_set):
+        raise ValueError(f"--limit {limit}: there are {len(train_set)} training images")
+    train_set = TensorDataset(*train_set[:limit])
+    return tuple(
+        TensorDataset(*(tensor.to(device) for tensor in part.tensors))
+        for part in (train_set, validation_set)
+    )
+
+
 def _read_cifar10(data_dir, train):
     """torchvision's CIFAR10, verified by its md5 sums, or an OSError with what to do."""
     cifar10 = torchvision.datasets.CIFAR10
+    folder = data_dir / cifar10.base_folder
     try:
         return cifar10(data_dir, train=train)
-    except (RuntimeError, OSError):
-        damage = _cifar10_damage(data_dir / cifar10.base_folder)  # before a download changes it
+    except (RuntimeError, OSError):  # look before a download changes it
+        damaged = [name for name, md5 in cifar10.train_list + cifar10.test_list
+                   if not check_integrity(folder / name, md5)]  # fmt: skip
+    problem = f"{folder / damaged[0]} is missing or damaged" if damaged else f"{folder} is damaged"
     try:
         return cifar10(data_dir, train=train, download=True)
     except (RuntimeError, OSError, EOFError) as error:
         raise OSError(
-            f"no CIFAR-10 in {str(data_dir)!r}: {damage}, and a download failed ({error}); put "
+            f"no CIFAR-10 in {str(data_dir)!r}: {problem}, and a download failed ({error}); put "
             f"{cifar10.filename} from {cifar10.url} there, or use --dataset shapes, without files"
         ) from error
 
 
-def _cifar10_damage(folder):
-    """What is wrong with a folder that should hold the CIFAR-10 batches, in a few words."""
-    if not folder.is_dir():
-        return f"there is no folder {folder.name}"
-    cifar10 = torchvision.datasets.CIFAR10
-    for name, md5 in cifar10.train_list + cifar10.test_list:
-        try:
-            if not check_integrity(folder / name, md5):
-                state = "damaged (its md5 is wrong)" if (folder / name).exists() else "missing"
-                return f"{folder / name} is {state}"
-        except OSError as error:
-            return f"{folder / name} cannot be read ({error.strerror})"
-    return f"{folder / cifar10.meta['filename']} is missing or damaged"
+def hold_out(dataset, count):
+    """Split off `count` images for validation: the last of each class, the same number of each.
+
+    Returns (the rest, the held-out), TensorDatasets. ValueError if that is not possible.
+    """
+    images, labels = dataset.tensors
+    per_class, remainder = divmod(count, 10)
+    if remainder or per_class >= labels.bincount(minlength=10).min():
+        raise ValueError(
+            f"--holdout {count}: not a multiple of the 10 classes that leaves each of them images "
+            f"to train on ({len(labels)} training images)"
+        )
+    held = torch.zeros(len(labels), dtype=torch.bool)
+    for label in range(10):
+        members = (labels == label).nonzero().flatten()
+        held[members[len(members) - per_class :]] = True
+    return (TensorDataset(images[~held], labels[~held]), TensorDataset(images[held], labels[held]))
+
+
+def stream(seed, *position):
+    """A seed for the random numbers of one place in a run, such as (epoch, step).
+
+    All randomness of a run is drawn from such seeds, so that to resume it needs no random state.
+    """
+    return random.Random(" ".join(map(str, (seed, *position)))).getrandbits(32)
+
+
+def batches(
+    dataset, name, batch_size, device="cpu", seed=None, epoch=0, start=0, augment=(),
+    share=slice(None),
+):  # fmt: skip
+    """Yield (images, labels) of a TensorDataset on the device, from batch number `start` on.
+
+    images is float32 (N, 3, 32, 32), normalised for the data set `name`; labels is int64 (N,). With
+    a seed every epoch has a shuffle of its own and `augment` (of AUGMENTATIONS) applies; without
+    one the order is the data set's. The last batch may be smaller. Of several processes each takes
+    its share of every batch, a slice.
+    """
+    device = torch.device(device)
+    images, labels = (tensor.to(device) for tensor in dataset.tensors)
+    order = torch.arange(len(dataset))
+    if seed is not None:
+        shuffle = torch.Generator().manual_seed(stream(seed, epoch))
+        order = torch.randperm(len(dataset), generator=shuffle)
+    order = order.to(device)  # all at once: a GPU would be waited for with every batch
+    generator = torch.Generator(device)
+    for step, indices in islice(enumerate(order.split(batch_size)), start, None):
+        batch = images.index_select(0, indices)  # 20 times faster than images[indices]
+        if augment:
+            generator.manual_seed(stream(seed, epoch, step, "augment"))
+            batch = augment_batch(batch, augment, generator)
+        yield normalise(batch[share], name), labels[indices[share]]
+
+
+def normalise(images, name):
+    """uint8 images (N, 3, H, W) as networks of the data set `name` take them: float32, normalised.
+
+    The result is on the images' device.
+    """
+    scale, shift = _scale_and_shift(name, images.device)
+    return images.float().mul_(scale).add_(shift)
+
+
+@functools.cache  # copies to a GPU wait for it: not with every batch
+def _scale_and_shift(name, device):
+    mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in NORMALISATION[name])
+    return 1 / (255 * std), -mean / std
+
+
+def augment_batch(images, augment, generator):
+    """Whole-batch augmentation of uint8 images (N, 3, H, W), each image drawn on its own.
+
+    "crop" pads by 4 black pixels and cuts H x W out at random; "flip" mirrors half of the images;
+    "cutout" blackens an 8x8 square around a random pixel (DeVries and Taylor 2017).
+    """
+    count, _, height, width = images.shape
+    if "crop" in augment:
+        padded = F.pad(images, (CROP_PADDING,) * 4)
+        windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # (N, 3, 9, 9, H, W), a view
+        limit, device = 2 * CROP_PADDING + 1, images.device
+        top, left = torch.randint(limit, (2, count), device=device, generator=generator)
+        images = windows[torch.arange(count, device=device), :, top, left]
+    if "flip" in augment:
+        chance = torch.rand(count, 1, 1, 1, device=images.device, generator=generator)
+        images = torch.where(chance < 0.5, images.flip(3), images)
+    if "cutout" in augment:
+        device, reach = images.device, CUTOUT / 2
+        y = torch.randint(height, (count, 1, 1, 1), device=device, generator=generator)
+        x = torch.randint(width, (count, 1, 1, 1), device=device, generator=generator)
+        rows = torch.arange(height, device=device).view(-1, 1) + 0.5
+        columns = torch.arange(width, device=device) + 0.5
+        inside = ((rows - y).abs() < reach) & ((columns - x).abs() < reach)
+        images = images.masked_fill(inside, 0)
+    return images
 
 
 def draw_shapes(count, seed):
@@ -137,97 +239,3 @@ def _shape(name, u, v):
             return (radius < 0.95) & (torch.hypot(u - 0.45, v) > 0.75)
         case "hourglass":
             return (u * v > 0) & (square < 0.85)
-
-
-def hold_out(dataset, count):
-    """Split off `count` images for validation: the last of each class, the same number of each.
-
-    Returns (the rest, the held-out), TensorDatasets. ValueError if that is not possible.
-    """
-    images, labels = dataset.tensors
-    per_class, remainder = divmod(count, 10)
-    if remainder or per_class >= labels.bincount(minlength=10).min():
-        raise ValueError(
-            f"--holdout {count}: not a multiple of the 10 classes that leaves each of them images "
-            f"to train on ({len(labels)} training images)"
-        )
-    held = torch.zeros(len(labels), dtype=torch.bool)
-    for label in range(10):
-        members = (labels == label).nonzero().flatten()
-        held[members[len(members) - per_class :]] = True
-    return (TensorDataset(images[~held], labels[~held]), TensorDataset(images[held], labels[held]))
-
-
-def stream(seed, *position):
-    """A seed for the random numbers of one place in a run, such as (epoch, step).
-
-    All randomness of a run is drawn from such seeds, so that to resume it needs no random state.
-    """
-    return random.Random(" ".join(map(str, (seed, *position)))).getrandbits(32)
-
-
-def batches(dataset, name, batch_size, device="cpu", seed=None, epoch=0, start=0, augment=()):
-    """Yield (images, labels) of a TensorDataset on the device, from batch number `start` on.
-
-    images is float32 (N, 3, 32, 32), normalised for the data set `name`; labels is int64 (N,). With
-    a seed every epoch has a shuffle of its own and `augment` (of AUGMENTATIONS) applies; without
-    one the order is the data set's. The last batch may be smaller. Of several processes each gets
-    its share of every batch.
-    """
-    device = torch.device(device)
-    images, labels = (tensor.to(device) for tensor in dataset.tensors)
-    order = torch.arange(len(dataset))
-    if seed is not None:
-        shuffle = torch.Generator().manual_seed(stream(seed, epoch))
-        order = torch.randperm(len(dataset), generator=shuffle)
-    order = order.to(device)  # all at once: a GPU would be waited for with every batch
-    generator = torch.Generator(device)
-    for step, indices in islice(enumerate(order.split(batch_size)), start, None):
-        batch = images.index_select(0, indices)  # 20 times faster than images[indices]
-        if augment:
-            generator.manual_seed(stream(seed, epoch, step, "augment"))
-            batch = augmented(batch, augment, generator)
-        batch, targets = parallel.share(batch, labels[indices])
-        yield normalised(batch, name), targets
-
-
-def normalised(images, name):
-    """uint8 images (N, 3, H, W) as networks of the data set `name` take them: float32, normalised.
-
-    The result is on the images' device.
-    """
-    scale, shift = _scale_and_shift(name, images.device)
-    return images.float().mul_(scale).add_(shift)
-
-
-@functools.cache  # copies to a GPU wait for it: not with every batch
-def _scale_and_shift(name, device):
-    mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in NORMALISATION[name])
-    return 1 / (255 * std), -mean / std
-
-
-def augmented(images, augment, generator):
-    """Whole-batch augmentation of uint8 images (N, 3, H, W), each image drawn on its own.
-
-    "crop" pads by 4 black pixels and cuts H x W out at random; "flip" mirrors half of the images;
-    "cutout" blackens an 8x8 square around a random pixel (DeVries and Taylor 2017).
-    """
-    count, _, height, width = images.shape
-    if "crop" in augment:
-        padded = F.pad(images, (CROP_PADDING,) * 4)
-        windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # (N, 3, 9, 9, H, W), a view
-        limit, device = 2 * CROP_PADDING + 1, images.device
-        top, left = torch.randint(limit, (2, count), device=device, generator=generator)
-        images = windows[torch.arange(count, device=device), :, top, left]
-    if "flip" in augment:
-        chance = torch.rand(count, 1, 1, 1, device=images.device, generator=generator)
-        images = torch.where(chance < 0.5, images.flip(3), images)
-    if "cutout" in augment:
-        device, reach = images.device, CUTOUT / 2
-        y = torch.randint(height, (count, 1, 1, 1), device=device, generator=generator)
-        x = torch.randint(width, (count, 1, 1, 1), device=device, generator=generator)
-        rows = torch.arange(height, device=device).view(-1, 1) + 0.5
-        columns = torch.arange(width, device=device) + 0.5
-        inside = ((rows - y).abs() < reach) & ((columns - x).abs() < reach)
-        images = images.masked_fill(inside, 0)
-    return images

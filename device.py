@@ -1,12 +1,25 @@
-"""Where a run computes: its device, the precision of its forward pass, the memory it keeps."""
+"""Where a run computes: its device, the precision of its forward pass, one or several processes.
 
+torchrun starts several processes with an environment of their own: RANK is the number of this one,
+WORLD_SIZE how many there are. One process alone is number 0 of 1.
+"""
+
+import contextlib
 import ctypes
 import os
 import platform
+import subprocess
+from pathlib import Path
 
 import torch
+import torch.distributed as dist
+import torchvision
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
-import parallel
+RANK = int(os.environ.get("RANK", 0))
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # on this machine
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 
 PRECISIONS = ("auto", "float32", "bfloat16")
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
@@ -23,13 +36,15 @@ def choose_device(name="auto"):
         keep_memory()
     try:
         device = torch.device(name)
+        if device.type == "meta":
+            raise RuntimeError("it computes nothing")
         if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", parallel.LOCAL_RANK)
+            device = torch.device("cuda", LOCAL_RANK)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(
-            f"--device {name}: not to be had here ({reason}); try --device cpu"
+            f"--device {name} does not work here ({reason}); try --device cpu"
         ) from error
     return device
 
@@ -39,33 +54,6 @@ def describe(device):
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
     return f"{device} ({platform.machine()}, {torch.get_num_threads()} threads)"
-
-
-def keep_memory():
-    """Let this process keep the memory that tensors free, in huge pages, for the next ones.
-
-    By default glibc gives every tensor above 32 MiB back to Linux, which then clears it anew page
-    by page: 40 % of a training step of the report's final model on two cores. It costs at most a
-    fifth more memory. Without glibc nothing changes.
-    """
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # PyTorch reads it at its first tensor
-    if platform.libc_ver()[0] == "glibc":
-        malloc = ctypes.CDLL(None)
-        malloc.mallopt(M_MMAP_MAX, 0)
-        malloc.mallopt(M_TRIM_THRESHOLD, -1)  # never
-
-
-def has_bfloat16():
-    """Whether this CPU has instructions for bfloat16 products and PyTorch's oneDNN may use them.
-
-    They are AVX512_BF16 (every CPU with AMX has it, too) or Arm's BF16. Without them convolutions
-    in bfloat16 are up to 16 times slower than in float32 (pytorch issues 118499, 183815).
-    """
-    if torch.backends.cpu.get_cpu_capability() == "AVX2":  # ATEN_CPU_CAPABILITY says so
-        return False
-    if platform.machine() in ("x86_64", "AMD64") and not torch.cpu._is_avx512_bf16_supported():
-        return False
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def precision_on(device, precision="auto"):
@@ -83,3 +71,139 @@ def autocast(device, precision="auto"):
     """The context of a forward pass in that precision; weights and their gradients stay float32."""
     enabled = precision_on(device, precision) == "bfloat16"
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
+
+
+def has_bfloat16():
+    """Whether this CPU has instructions for bfloat16 products and PyTorch's oneDNN may use them.
+
+    They are AVX512_BF16 (every CPU with AMX has it, too) or Arm's BF16. Without them convolutions
+    in bfloat16 are up to 16 times slower than in float32 (pytorch issues 118499, 183815).
+    """
+    if torch.backends.cpu.get_cpu_capability() == "AVX2":  # ATEN_CPU_CAPABILITY says so
+        return False
+    if platform.machine() in ("x86_64", "AMD64") and not torch.cpu._is_avx512_bf16_supported():
+        return False
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def keep_memory():
+    """Let this process keep the memory that tensors free, in huge pages, for the next ones.
+
+    By default glibc gives every tensor above 32 MiB back to Linux, which then clears it anew page
+    by page: 40 % of a training step of the report's final model on two cores. It costs at most a
+    fifth more memory. Without glibc nothing changes.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # PyTorch reads it at its first tensor
+    if platform.libc_ver()[0] == "glibc":
+        malloc = ctypes.CDLL(None)
+        malloc.mallopt(M_MMAP_MAX, 0)
+        malloc.mallopt(M_TRIM_THRESHOLD, -1)  # never
+
+
+def environment(device, precision):
+    """What a run is made with, as its history keeps it."""
+    describe_commit = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        commit = subprocess.run(describe_commit, capture_output=True, text=True).stdout.strip()
+    except OSError:  # no git on this machine
+        commit = None
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "device": describe(device),
+        "precision": precision_on(device, precision),
+        "commit": commit or None,
+    }
+
+
+def join(device):
+    """Become one of WORLD_SIZE processes: nccl connects CUDA devices, gloo all others."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if WORLD_SIZE > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+
+def wait():
+    """Go on when all processes are here."""
+    if WORLD_SIZE > 1:
+        dist.barrier()
+
+
+def leave():
+    """Wait for the other processes, then part from them."""
+    wait()
+    if WORLD_SIZE > 1:
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def first_process_first():
+    """What the first process does here, the others do after it."""
+    if RANK > 0:
+        wait()
+    yield
+    if RANK == 0:
+        wait()
+
+
+def add_up(tensor):
+    """The tensor, replaced by its sum over the processes."""
+    if WORLD_SIZE > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def agree(number, device):
+    """The largest of the processes' numbers, an int."""
+    if WORLD_SIZE == 1:
+        return number
+    tensor = torch.tensor(number, device=device)
+    dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return tensor.item()
+
+
+def distribute(model):
+    """The model as one of several processes trains it: gradients are averaged over them.
+
+    The batch norms of the model itself take the statistics of all processes from now on.
+    """
+    if WORLD_SIZE == 1:
+        return model
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.__class__ = BatchNorm2d
+    return DistributedDataParallel(model)
+
+
+class BatchNorm2d(nn.BatchNorm2d):
+    """nn.BatchNorm2d with the statistics of all processes; nn.SyncBatchNorm is for GPUs alone."""
+
+    def forward(self, images):
+        if not self.training:
+            return super().forward(images)
+        pixels = images.float()
+        count = add_up(torch.full((), pixels.numel() / self.num_features, device=pixels.device))
+        mean = AddUp.apply(pixels.sum((0, 2, 3))) / count
+        centred = pixels - mean.view(-1, 1, 1)
+        variance = AddUp.apply(centred.square().sum((0, 2, 3))) / count
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
+        scale = self.weight * (variance + self.eps).rsqrt()
+        outputs = centred * scale.view(-1, 1, 1) + self.bias.view(-1, 1, 1)
+        return outputs.to(images.dtype)
+
+
+class AddUp(torch.autograd.Function):
+    """The sum of a tensor over the processes; each of them has its part in the gradient."""
+
+    @staticmethod
+    def forward(ctx, tensor):
+        return add_up(tensor.clone())
+
+    @staticmethod
+    def backward(ctx, grad):
+        return add_up(grad.contiguous().clone())

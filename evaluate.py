@@ -1,135 +1,173 @@
-"""Test figures of a checkpoint, or what it takes photos for.
+"""Test metrics of a checkpoint, or what it takes photos for.
 
     python evaluate.py runs/final.pt                  # prints them and adds them to runs/final.json
     python evaluate.py runs/final.pt --tta            # ... and those with test-time augmentation
     python evaluate.py runs/final.pt --image cat.jpg dog.png     # the likeliest classes of photos
 
 The model is rebuilt from the checkpoint alone. A test also writes runs/final-wrong.png, the most
-confidently misclassified images; plot.py draws the other figures. Photos need no data set: they
+confidently misclassified images; plot.py draws the other metrics. Photos need no data set: they
 are cropped to a square and shrunk, and drawn with the predictions in runs/final-predictions.png.
-What test-time augmentation (--tta) gives is always named so; of a test, beside the plain figures.
+Test-time augmentation (--tta) is the mean over an image and its mirror image. Its metrics are
+printed and kept beside the plain ones and are named as such.
 """
 
-import argparse
 import contextlib
-import pickle
 import sys
 import warnings
-import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps
 
-from data import CLASSES, EVALUATION_BATCH, batches, load, normalised
-from device import PRECISIONS, autocast, choose_device
-from figures import gate_figures, prediction_figures
-from history import read_history, write_atomically, write_history
-from model import IMAGE_SIZE, build_model
-from options import HelpFormatter
+import gallery
+from checkpoint import load_checkpoint, rebuild
+from data import CLASSES, EVALUATION_BATCH, batches, load, normalise
+from device import PRECISIONS, WORLD_SIZE, autocast, choose_device
+from history import make_parser, read_history, write_history
+from model import IMAGE_SIZE, predict
 
-CHECKPOINT_FORMAT = "gated multi-convolution checkpoint 1"
+BINS = 15  # of confidence
+QUANTILES = (0, 0.25, 0.5, 0.75, 1)
+WRONG = 36  # misclassified images kept
 DRAWN = 50  # photos in one picture
 PHOTO = 256  # pixels, the longer side of a photo as it is drawn
 
 
-def parse_args(argv=None):
-    """The options, checked; usage errors exit with 2."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.partition("\n")[0],
-        epilog=__doc__.partition("\n")[2],
-        formatter_class=HelpFormatter,
-    )
-    parser.add_argument("checkpoint", type=Path, help="runs/NAME.pt; figures go to runs/NAME.json")
-    parser.add_argument("--image", type=Path, nargs="+", metavar="FILE",
-        help="classify these photos; None: test on the test images")  # fmt: skip
-    parser.add_argument("--tta", action="store_true",
-        help="test-time augmentation: mean logits of an image and its mirror image")  # fmt: skip
-    parser.add_argument("--data-dir", help="where CIFAR-10 is; None: where it was for training")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps ...")
-    parser.add_argument(
-        "--precision",
-        choices=PRECISIONS,
-        default="auto",
-        help="of the forward pass; auto: that of training",
-    )
-    return parser.parse_args(argv)
+def evaluate(args):
+    """Test args.checkpoint: print its metrics, add them to the history beside it, draw errors."""
+    config, model, device, precision = open_checkpoint(args)
+    history_path = args.checkpoint.with_suffix(".json")
+    history = read_history(history_path) if history_path.exists() else None
+    if args.once and (config["holdout"] or (history and "test" in history)):
+        return
+    dataset = config["dataset"]
+    images = load(dataset, args.data_dir or config["data_dir"], train=False)
+    loader = list(batches(images, dataset, EVALUATION_BATCH, device))
+    metrics = measure(model, loader, precision, CLASSES[dataset], args.tta)
+
+    for name, accuracy in metrics["per_class"].items():
+        print(f"{name:>12} {accuracy:6.2f}%")
+    print(f"{'loss':>12} {metrics['loss']:7.4f}")
+    if args.tta:
+        print(f"With flip test-time augmentation: {metrics['tta']['accuracy']:.2f}%")
+    print(f"Final Model Test Accuracy: {metrics['accuracy']:.2f}%")
+    if history is None:
+        print(f"{history_path} is not there: the metrics are only printed", file=sys.stderr)
+    else:  # read again, since training may have gone on meanwhile
+        write_history(history_path, read_history(history_path) | {"test": metrics})
+    indices = [one["index"] for one in metrics["wrong"]]
+    shown = images.tensors[0][indices].permute(0, 2, 3, 1).numpy()
+    figure = gallery.draw_wrong(shown, metrics["wrong"], args.checkpoint.stem)
+    gallery.save(figure, args.checkpoint.with_name(f"{args.checkpoint.stem}-wrong.png"))
 
 
-def load_checkpoint(path):
-    """What train.py saved at `path`: a dict with `config`, `weights` and what else it put there.
+def open_checkpoint(args):
+    """(config, model, device, precision context) of the options, the model on the device."""
+    device = choose_device(args.device)
+    checkpoint = load_checkpoint(args.checkpoint)
+    model = rebuild(checkpoint, args.checkpoint)
+    config = {"holdout": 0, "data_dir": "data", "precision": "auto"} | checkpoint["config"]
+    if config.get("dataset") not in list(CLASSES) or config["precision"] not in PRECISIONS:
+        raise ValueError(f"{args.checkpoint} is of an unknown data set or precision")
+    precision = config["precision"] if args.precision == "auto" else args.precision
+    return config, model.to(device), device, autocast(device, precision)
 
-    Every byte is checked against the file's own checksums and no code in it is run. OSError or
-    ValueError say what is wrong with it.
+
+def measure(model, loader, precision, classes, tta=False):
+    """All test metrics that a history keeps of a model on a list of batches.
+
+    They are measure_predictions', gates and kernels; with `tta` also the accuracy and the loss that
+    test-time augmentation gives.
     """
-    path = Path(path)
-    if not zipfile.is_zipfile(path):
-        path.open("rb").close()  # missing or unreadable is told as that
-        raise ValueError(f"{path} is not a checkpoint, or only the beginning of one")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        if damaged:
-            raise ValueError(f"{path} is damaged: the checksum of {damaged} is wrong")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"{path} is not a checkpoint that train.py wrote ({reason})") from error
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") != CHECKPOINT_FORMAT:
-        raise ValueError(f"{path} is a PyTorch file, but not a checkpoint that train.py wrote")
-    return checkpoint
-
-
-def write_checkpoint(path, config, model, **more):
-    """Save the weights of a model, its config and what else is given, for load_checkpoint.
-
-    OSError as the disk says; what was at `path` then stays.
-    """
-    checkpoint = {"format": CHECKPOINT_FORMAT, "config": config, "weights": model.state_dict()}
-    try:
-        write_atomically(path, lambda file: torch.save(checkpoint | more, file))
-    except RuntimeError as error:  # so torch.save says that the file could not be written
-        reason = str(error.__context__ or error).partition("\n")[0]
-        raise OSError(f"{path}: {reason}") from error
-
-
-def rebuild(checkpoint, path):
-    """The model of a checkpoint with its weights; ValueError where the two do not fit."""
-    try:
-        config = checkpoint["config"]
-        model = build_model(config)
-        model.load_state_dict(checkpoint["weights"])
-        CLASSES[config["dataset"]], Path(config["data_dir"])  # what a test needs beside the model
-    except Exception as error:  # a config can hold anything
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        raise ValueError(f"{path}: its weights do not fit its options ({reason})") from error
-    return model
-
-
-@torch.inference_mode()
-def predict(model, loader, precision, after_batch=lambda: None):
-    """(logits, labels) of all batches of a loader: float32 (N, 10) and int64 (N,)."""
-    model.eval()
-    logits, labels = [], []
-    for images, targets in loader:
-        with autocast(images.device, precision):
-            logits.append(model(images).float())
-        labels.append(targets)
-        after_batch()
-    return torch.cat(logits), torch.cat(labels)
-
-
-def mean_with_mirrored(logits, model, loader, precision):
-    """Test-time augmentation: the mean of logits (N, 10) and those of the mirrored images."""
-    mirrored = ((images.flip(3), targets) for images, targets in loader)
-    logits = (logits + predict(model, mirrored, precision)[0]) / 2
+    with keep_coefficients(model) as kept:
+        logits, labels = predict(model, loader, precision)
     refuse_infinite(logits)
-    return logits
+    gates = [measure_gate(torch.cat(parts), labels, classes) for parts in kept]
+    metrics = measure_predictions(logits, labels, classes) | {
+        "gates": [{"block": name} | gate for name, gate in zip(model.backbone.blocks(), gates)],
+        "kernels": first_kernels(model),
+    }
+    if tta:
+        logits = add_mirrored(logits, model, loader, precision)
+        augmented = measure_predictions(logits, labels, classes)
+        metrics["tta"] = {name: augmented[name] for name in ("accuracy", "loss")}
+    return metrics
+
+
+def measure_predictions(logits, labels, classes):
+    """Metrics of logits (N, 10) against labels (N,), as train.py's history keeps them.
+
+    Accuracies, confidences and the calibration error are percentages; the confusion matrix counts,
+    its rows are the true classes.
+    """
+    pairs = labels * len(classes) + logits.argmax(1)
+    confusion = pairs.bincount(minlength=len(classes) ** 2).view(len(classes), len(classes))
+    correct = confusion.diagonal()
+    per_class = 100 * correct / confusion.sum(1).clamp(min=1)
+    percentages = 100 * logits.softmax(1)
+    return {
+        "accuracy": 100 * correct.sum().item() / len(labels),
+        "loss": F.cross_entropy(logits, labels).item(),
+        "images": len(labels),
+        "per_class": dict(zip(classes, per_class.tolist())),
+        "confusion": confusion.tolist(),
+        "calibration": measure_calibration(percentages, labels),
+        "wrong": find_most_wrong(percentages, labels, classes),
+    }
+
+
+def measure_calibration(percentages, labels):
+    """The expected calibration error ("ece") of probabilities (N, 10), and the bins it is from.
+
+    Each bin has the mean confidence and the accuracy of its images, None if it has no image: all
+    in per cent. A confidence between two bins belongs to the lower one.
+    """
+    confidence, predicted = percentages.max(1)
+    correct = 100.0 * (predicted == labels)
+    places = (confidence * BINS / 100).ceil().clamp(1, BINS) - 1
+    bins, error = [], 0
+    for place in range(BINS):
+        inside = places == place
+        part = {"confidence": None, "accuracy": None, "count": inside.sum().item()}
+        if part["count"]:
+            part["confidence"] = confidence[inside].mean().item()
+            part["accuracy"] = correct[inside].mean().item()
+            error += part["count"] * abs(part["confidence"] - part["accuracy"])
+        bins.append(part)
+    return {"bins": bins, "ece": error / len(labels)}
+
+
+def find_most_wrong(percentages, labels, classes):
+    """The misclassified images of probabilities (N, 10), in per cent, the most confident first."""
+    confidence, predicted = percentages.max(1)
+    wrong = (predicted != labels).nonzero().flatten()
+    order = confidence[wrong].argsort(descending=True, stable=True)
+    return [
+        {
+            "index": index,
+            "true": classes[labels[index]],
+            "predicted": classes[predicted[index]],
+            "confidence": confidence[index].item(),
+        }
+        for index in wrong[order[:WRONG]].tolist()
+    ]
+
+
+def measure_gate(coefficients, labels, classes):
+    """Metrics of a block's coefficients (N, k): means of each class (10, k), quantiles (k, 5)."""
+    members = F.one_hot(labels, len(classes)).T.float()
+    means = members @ coefficients / members.sum(1, keepdim=True).clamp(min=1)
+    levels = torch.tensor(QUANTILES, device=coefficients.device)
+    return {
+        "mean_per_class": means.tolist(),
+        "quantiles": coefficients.quantile(levels, dim=0).T.tolist(),
+    }
 
 
 @contextlib.contextmanager
-def coefficients_kept(model):
+def keep_coefficients(model):
     """Lists, one of each block, that the (N, k) coefficients of every batch are added to."""
     kept, hooks = [], []
     for block in model.backbone.blocks().values():
@@ -158,105 +196,19 @@ def first_kernels(model):
     return kernels.double().round(decimals=4).tolist()
 
 
-def figures_of(model, loader, precision, classes, tta=False):
-    """All figures that a history keeps of a model on a list of batches.
-
-    They are prediction_figures', gates and kernels; with `tta` also the accuracy and the loss that
-    test-time augmentation gives.
-    """
-    with coefficients_kept(model) as kept:
-        logits, labels = predict(model, loader, precision)
+def add_mirrored(logits, model, loader, precision):
+    """Test-time augmentation: the mean of logits (N, 10) and those of the mirrored images."""
+    mirrored = ((images.flip(3), targets) for images, targets in loader)
+    logits = (logits + predict(model, mirrored, precision)[0]) / 2
     refuse_infinite(logits)
-    gates = [gate_figures(torch.cat(batches), labels, classes) for batches in kept]
-    figures = prediction_figures(logits, labels, classes) | {
-        "gates": [{"block": name} | gate for name, gate in zip(model.backbone.blocks(), gates)],
-        "kernels": first_kernels(model),
-    }
-    if tta:
-        logits = mean_with_mirrored(logits, model, loader, precision)
-        augmented = prediction_figures(logits, labels, classes)
-        figures["tta"] = {name: augmented[name] for name in ("accuracy", "loss")}
-    return figures
-
-
-def opened(args):
-    """(config, model, device) of args.checkpoint, the model on the device of args.device."""
-    device = choose_device(args.device)
-    checkpoint = load_checkpoint(args.checkpoint)
-    model = rebuild(checkpoint, args.checkpoint)  # which checks what is in the checkpoint
-    if args.precision == "auto":
-        args.precision = checkpoint["config"].get("precision", "auto")
-    return checkpoint["config"], model.to(device), device
-
-
-def evaluate(args):
-    """Test args.checkpoint, print its figures and add them to the history beside it."""
-    config, model, device = opened(args)
-    history_path = args.checkpoint.with_suffix(".json")
-    history = read_history(history_path) if history_path.exists() else None
-
-    dataset = config["dataset"]
-    images = load(dataset, args.data_dir or config["data_dir"], train=False)
-    loader = list(batches(images, dataset, EVALUATION_BATCH, device))
-    figures = figures_of(model, loader, args.precision, CLASSES[dataset], args.tta)
-
-    if history is None:
-        print(f"{history_path} is not there: the figures are only printed", file=sys.stderr)
-    else:
-        write_history(history_path, history | {"test": figures})
-    for name, accuracy in figures["per_class"].items():
-        print(f"{name:>12} {accuracy:6.2f}%")
-    print(f"{'loss':>12} {figures['loss']:7.4f}")
-    if args.tta:
-        print(f"With flip test-time augmentation: {figures['tta']['accuracy']:.2f}%")
-    print(f"Final Model Test Accuracy: {figures['accuracy']:.2f}%")
-
-    import gallery  # here, since train.py imports this file and need not wait for matplotlib
-
-    indices = [one["index"] for one in figures["wrong"]]
-    shown = images.tensors[0][indices].permute(0, 2, 3, 1).numpy()
-    figure = gallery.draw_wrong(shown, figures["wrong"], args.checkpoint.stem)
-    gallery.save(figure, args.checkpoint.with_name(f"{args.checkpoint.stem}-wrong.png"))
-
-
-def read_photo(path):
-    """The image in a file, upright and over white: a PIL image of mode RGB.
-
-    Of an animation it is the first frame. ValueError says why there is none.
-    """
-    if not path.is_file():
-        raise ValueError(f"{path}: there is no such file")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                image.load()
-                image = ImageOps.exif_transpose(image)
-        return _as_rgb(image)
-    except Exception as error:  # a damaged file can make PIL's decoders raise nearly anything
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{path}: not an image, or a damaged one ({reason})") from error
-
-
-def _as_rgb(image):
-    """A PIL image of any mode as RGB; what is transparent turns white."""
-    if image.mode.startswith(("I", "F")):  # 16 bits a pixel, or unknown units: PIL would clip them
-        pixels = np.nan_to_num(np.asarray(image, dtype=np.float32))
-        low, high = (0, 65535) if image.mode[0] == "I" else (pixels.min(), pixels.max())
-        pixels = 255 * (pixels - low) / max(high - low, 1e-9)
-        image = Image.fromarray(pixels.clip(0, 255).round().astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    return logits
 
 
 def classify(args):
     """Print the likeliest classes of the photos args.image, draw them, return whether all were."""
-    config, model, device = opened(args)
+    config, model, device, precision = open_checkpoint(args)
     dataset = config["dataset"]
-    named = " (flip test-time augmentation)" if args.tta else ""
+    note = " (flip test-time augmentation)" if args.tta else ""
     predictions = []
     for path in args.image:
         try:
@@ -265,32 +217,73 @@ def classify(args):
             print(f"evaluate.py: error: {error}", file=sys.stderr)
             continue
         small = np.array(ImageOps.fit(photo, (IMAGE_SIZE, IMAGE_SIZE)))  # the middle, bicubic
-        images = normalised(torch.from_numpy(small).permute(2, 0, 1)[None].to(device), dataset)
+        images = normalise(torch.from_numpy(small).permute(2, 0, 1)[None].to(device), dataset)
         batch = [(images, torch.zeros(1))]
-        logits, _ = predict(model, batch, args.precision)
+        logits, _ = predict(model, batch, precision)
         refuse_infinite(logits)
         if args.tta:
-            logits = mean_with_mirrored(logits, model, batch, args.precision)
+            logits = add_mirrored(logits, model, batch, precision)
         percentages = (100 * logits[0].softmax(0)).tolist()
         likeliest = sorted(zip(percentages, CLASSES[dataset]), reverse=True)[:3]
-        print(f"{path}: " + ", ".join(f"{name} {value:.1f} %" for value, name in likeliest) + named)
+        print(f"{path}: " + ", ".join(f"{name} {value:.1f} %" for value, name in likeliest) + note)
         photo.thumbnail((PHOTO, PHOTO))
-        predictions.append((path.name, np.array(photo), small, percentages))
-
+        name = path.name.encode(errors="replace").decode()  # which may not be UTF-8
+        predictions.append((name, np.array(photo), small, percentages))
     if predictions:
-        import gallery  # see evaluate
-
         if len(predictions) > DRAWN:
             print(f"the picture shows the first {DRAWN} of them", file=sys.stderr)
         stem = args.checkpoint.stem
-        figure = gallery.draw_predictions(predictions[:DRAWN], CLASSES[dataset], stem + named)
+        figure = gallery.draw_predictions(predictions[:DRAWN], CLASSES[dataset], stem + note)
         gallery.save(figure, args.checkpoint.with_name(f"{stem}-predictions.png"))
     return len(predictions) == len(args.image)
+
+
+def read_photo(path):
+    """The image in a file, upright and over white: a PIL image of mode RGB.
+
+    Of an animation it is the first frame. ValueError says why there is none.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                image = ImageOps.exif_transpose(image)
+                if image.mode.startswith("I"):  # 16 bits a pixel, which PIL would clip
+                    image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
+                white = Image.new("RGBA", image.size, "white")
+                return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+    except Exception as error:  # a damaged file can make PIL's decoders raise nearly anything
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path}: no such file, or not a whole image ({reason})") from error
+
+
+def parse_args(argv=None):
+    """The options, checked; usage errors exit with 2."""
+    parser = make_parser(__doc__)
+    add = parser.add_argument
+    add("checkpoint", type=Path, help="runs/NAME.pt; metrics go to runs/NAME.json")
+    add("--image", type=Path, nargs="+", metavar="FILE",
+        help="classify these photos; None: test on the test images")  # fmt: skip
+    add("--tta", action="store_true",
+        help="test-time augmentation: mean logits of an image and its mirror image")  # fmt: skip
+    add("--once", action="store_true",
+        help="no test where runs/NAME.json has one, or where the run held images out")  # fmt: skip
+    add("--data-dir", help="where CIFAR-10 is; None: where it was for training")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps ...")
+    add("--precision", choices=PRECISIONS, default="auto",
+        help="of the forward pass; auto: that of training")  # fmt: skip
+    args = parser.parse_args(argv)
+    if WORLD_SIZE > 1:
+        parser.error(f"one process tests, not {WORLD_SIZE}: start it without torchrun")
+    return args
 
 
 def main(argv=None):
     """Test a checkpoint, or classify photos with it; failures exit with 1 and a line each."""
     args = parse_args(argv)
+    with contextlib.suppress(AttributeError):  # where stdout is closed
+        sys.stdout.reconfigure(errors="backslashreplace")  # a photo's name may not be UTF-8
     try:
         if not args.image:
             evaluate(args)
@@ -298,6 +291,8 @@ def main(argv=None):
             sys.exit(1)
     except (OSError, ValueError) as error:
         sys.exit(f"evaluate.py: error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ BLUE, ORANGE = COLOURS[:2]
 SHADES = "Blues"  # light is little: in grey the same
 WIDTH = 7.2  # inches, a printed page between its margins
 COLUMNS = 6  # of the misclassified images
+MOST_BANKS = 16
 
 
 def style(axes, x_label, y_label):
@@ -34,13 +35,9 @@ def style(axes, x_label, y_label):
     axes.set_axisbelow(True)
 
 
-def titled(title, height, figure=None):
-    """An empty Figure under its title, of a page's width and that height (inches).
-
-    It is a new one, or `figure` emptied, whose size stays.
-    """
-    figure = figure or Figure(figsize=(WIDTH, height), layout="constrained")
-    figure.clear()
+def start_figure(title, height):
+    """An empty Figure under its title, of a page's width and that height (inches)."""
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
     figure.suptitle(textwrap.fill(title, 80), fontsize=11)
     return figure
 
@@ -56,11 +53,13 @@ def save(figure, path):
 
 
 def draw_test(test, title):
-    """A Figure of a history's test figures: confusion matrix, per-class accuracy, calibration.
+    """A Figure of a history's test metrics: confusion matrix, per-class accuracy, calibration.
 
     KeyError if they lack one of these.
     """
-    figure = titled(f"{title}: {test['images']:,} test images, {test['accuracy']:.2f} % right", 9.2)
+    figure = start_figure(
+        f"{title}: {test['images']:,} test images, {test['accuracy']:.2f} % right", 9.2
+    )
     panels = figure.subplot_mosaic([["confusion"] * 2, ["classes", "calibration"]],
                                    height_ratios=[5.6, 3])  # fmt: skip
     names = list(test["per_class"])
@@ -113,14 +112,15 @@ def draw_calibration(axes, calibration):
 def draw_gates(test, title):
     """A Figure of the gates' coefficients a_1 ... a_k of every block, and of the first kernels.
 
-    Of `test`, a history's test figures, it needs per_class, gates and kernels: KeyError without.
+    Of `test`, a history's test metrics, it needs per_class, gates and kernels: KeyError without.
+    Of many convolutions the first are drawn.
     """
-    gates, banks, names = test["gates"], test["kernels"], list(test["per_class"])
+    gates, banks, names = test["gates"], test["kernels"][:MOST_BANKS], list(test["per_class"])
     k = len(banks)
     block_height = 0.35 + 0.25 * k
     bank_height = min(WIDTH / k, 2.6)
     height = 1.5 + len(gates) * block_height + bank_height
-    figure = titled(f"{title}: coefficients of the gates", height)
+    figure = start_figure(f"{title}: coefficients of the gates", height)
     top, bottom = figure.subfigures(
         2, 1, height_ratios=[height - bank_height - 0.7, bank_height + 0.3]
     )
@@ -145,7 +145,7 @@ def draw_gates(test, title):
 
 def draw_coefficients(means, spread, gate):
     """One block's gate: a heat map of its mean coefficients, a box for each over all images."""
-    shown = np.array(gate["mean_per_class"]).T  # (k, classes)
+    shown = np.array(gate["mean_per_class"]).T[:MOST_BANKS]  # (k, classes)
     low, high = min(0, shown.min()), shown.max()
     high = high if high > low else low + 1  # a gate that is always shut
     means.imshow(shown, cmap=SHADES, vmin=low, vmax=high, aspect="auto")
@@ -155,7 +155,7 @@ def draw_coefficients(means, spread, gate):
         means.text(column, place, text, color=colour, ha="center", va="center", fontsize=7)
     means.set_yticks(range(len(shown)), [f"a{number}" for number in range(1, len(shown) + 1)])
     means.set_ylabel(gate["block"])
-    least, first, middle, third, most = np.array(gate["quantiles"]).T
+    least, first, middle, third, most = np.array(gate["quantiles"][:MOST_BANKS]).T
     places = np.arange(len(least))
     spread.hlines(places, least, most, color="black", linewidth=1)
     spread.barh(places, third - first, 0.6, first, color="white", edgecolor="black")
@@ -167,18 +167,19 @@ def draw_coefficients(means, spread, gate):
 
 def draw_kernels(figure, banks, block):
     """The k banks of 3x3 colour kernels of a block side by side, each scaled from 0 to 1."""
-    figure.suptitle(f"the kernels of {block}, colours scaled in each bank", fontsize=9)
+    title = f"the kernels of {block} in banks, each weighted by its coefficient, colours scaled"
+    figure.suptitle(title, fontsize=9)
     for number, (axes, bank) in enumerate(
         zip(figure.subplots(1, len(banks), squeeze=False)[0], banks), 1
     ):
-        image = tiled(np.array(bank))
+        image = tile(np.array(bank))
         axes.imshow(image, interpolation="nearest")
         axes.set_xlim(-0.5 - 0.03 * len(image[0]), 1.03 * len(image[0]) - 0.5)  # a gap between
         axes.set_axis_off()
-        axes.set_title(f"bank {number}, weighted by a{number}", fontsize=8)
+        axes.set_title(f"bank a{number}", fontsize=8)
 
 
-def tiled(kernels):
+def tile(kernels):
     """Kernels (N, 3, 3, 3), channels first, as one RGB image: scaled, in a grid, white between."""
     low, high = kernels.min(), kernels.max()
     scaled = (kernels - low) / (high - low) if high > low else np.full(kernels.shape, 0.5)
@@ -192,9 +193,9 @@ def tiled(kernels):
 
 
 def draw_wrong(images, wrong, title):
-    """A Figure of misclassified images, uint8 (N, 32, 32, 3), and the test figures on them."""
+    """A Figure of misclassified images, uint8 (N, 32, 32, 3), and what the test says of them."""
     rows = max(1, math.ceil(len(wrong) / COLUMNS))
-    figure = titled(
+    figure = start_figure(
         f"{title}: most confidently wrong (true → predicted, confidence)", 0.5 + 1.5 * rows
     )
     for axes in (grid := figure.subplots(rows, COLUMNS, squeeze=False)).flat:
@@ -213,7 +214,7 @@ def draw_predictions(predictions, classes, title):
 
     The two images are arrays (H, W, 3) and (32, 32, 3), the probabilities one of each class.
     """
-    figure = titled(title, 0.4 + 1.9 * len(predictions))
+    figure = start_figure(title, 0.4 + 1.9 * len(predictions))
     panels = figure.subplots(len(predictions), 3, squeeze=False, width_ratios=[1, 1, 1.4])
     for (photo, seen, bars), (name, image, small, probabilities) in zip(panels, predictions):
         photo.imshow(image)

@@ -1,23 +1,26 @@
-"""The JSON record of a run, runs/NAME.json: read with every check, written atomically.
+"""The JSON record of a run, runs/NAME.json: read, written, compared, tabulated.
 
-history = read_history("runs/row4.json")
-write_history("runs/row4.json", history)
+    history = read_history("runs/row4.json")
+    write_history("runs/row4.json", history)
+    print(tabulate(group([history])))
+
+Runs that differ in nothing but their seed make one row of the results table. This file needs no
+PyTorch: whoever only draws does not wait for it.
 """
 
+import argparse
 import json
+import math
 import os
+import statistics
 from pathlib import Path
 
 # Options that do not change what a run computes: they may differ when it is resumed.
 NOT_HYPERPARAMETERS = set("data_dir name out device mix compile resume overwrite reported".split())
 
-# Options that older histories lack, and what they then meant.
-ADDED = {
-    "norm": "none", "downsample": False, "residual": False, "bias_decay": True, "nesterov": False,
-    "label_smoothing": 0.0, "ema": None,
-}  # fmt: skip
-
-EPOCH_FIGURES = ("lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "seconds")
+EPOCH_METRICS = ("lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "seconds")
+HEADER = "  epoch        lr  train loss  acc. %    val loss  acc. %     time  images/s"
+COLUMNS = ("row", "hyperparameters", "parameters", "reported", "measured", "difference", "seconds")
 
 
 def read_history(path):
@@ -26,7 +29,7 @@ def read_history(path):
         history = json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=_refuse)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({error})") from error
-    problem = _problem(history)
+    problem = _find_problem(history)
     if problem:
         raise ValueError(f"{path} is not a history that train.py wrote: {problem}")
     return history
@@ -36,7 +39,7 @@ def _refuse(constant):
     raise ValueError(f"{constant} is none of its values")
 
 
-def _problem(history):
+def _find_problem(history):
     """What keeps a parsed file from being a history, in a few words; None where nothing does."""
     if not isinstance(history, dict):
         return "it is not an object"
@@ -45,22 +48,25 @@ def _problem(history):
         if not isinstance(history.get(key), kind):
             return f"{key!r} is missing or no {kind.__name__}"
     for number, epoch in enumerate(history["epochs"], start=1):
-        for figure in EPOCH_FIGURES:
-            if not isinstance(epoch, dict) or not _is_number(epoch.get(figure)):
-                return f"epoch {number} has no number {figure!r}"
+        for metric in EPOCH_METRICS:
+            if not isinstance(epoch, dict) or not _is_number(epoch.get(metric)):
+                return f"epoch {number} has no number {metric!r}"
     if not all(map(_is_number, history["batch_losses"])):
         return "'batch_losses' holds something that is not a number"
+    if not isinstance(history["config"].get("seed", 0), int):
+        return "its seed is no integer"
+    if history.setdefault("reported", None) is not None and not _is_number(history["reported"]):
+        return "'reported' is no number"
+    test = history.get("test", {"accuracy": 0})
+    if not isinstance(test, dict) or not _is_number(test.get("accuracy")):
+        return "its test accuracy is no number"
     return None
 
 
 def _is_number(value):
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def hyperparameters(config):
-    """Those options of a history's config that decide what the run computes."""
-    config = config | {name: value for name, value in ADDED.items() if name not in config}
-    return {name: value for name, value in config.items() if name not in NOT_HYPERPARAMETERS}
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return abs(value) < 1e300  # an integer of JSON may be longer than any float
 
 
 def write_history(path, history):
@@ -78,7 +84,7 @@ def write_atomically(path, write):
 
     OSError leaves what was at `path` in place.
     """
-    part = Path(f"{path}.part")
+    part = Path(f"{path}.{os.getpid()}.part")  # another process may be writing the same file
     try:
         with open(part, "wb") as file:
             write(file)
@@ -88,3 +94,179 @@ def write_atomically(path, write):
     except BaseException:
         part.unlink(missing_ok=True)
         raise
+
+
+def hyperparameters(config):
+    """Those options of a history's config that decide what the run computes."""
+    return {name: value for name, value in config.items() if name not in NOT_HYPERPARAMETERS}
+
+
+def refuse_other_options(before, now, path):
+    """ValueError if two configs have other hyperparameters; it names them.
+
+    A run without a schedule may have more epochs: it is the same as far as it has come.
+    """
+    before, now = hyperparameters(before), hyperparameters(now)
+    differ = [key for key in now if before.get(key) != now[key]]
+    longer = differ == ["epochs"] and now["epochs"] > before["epochs"]
+    if not differ or (longer and now["schedule"] == "none"):
+        return
+    differences = ", ".join(f"{key} {before.get(key)} (now {now[key]})" for key in differ)
+    reason = f"; its {now['schedule']} schedule depends on the number of epochs" if longer else ""
+    raise ValueError(
+        f"{path} was made with other options, {differences}{reason}: give those, another --name or "
+        "--out, or --overwrite"
+    )
+
+
+def group(histories):
+    """Histories grouped into rows: lists of runs of one reported figure, alike but for the seed.
+
+    A seed that is there twice counts once.
+    """
+    rows = {}
+    for history in histories:
+        options = hyperparameters(history["config"])
+        options |= {"seed": None, "reported": history["reported"]}
+        row = rows.setdefault(json.dumps(options, sort_keys=True), {})
+        row.setdefault(history["config"].get("seed", 0), history)
+    return [[row[seed] for seed in sorted(row)] for row in rows.values()]
+
+
+def name_row(row, name=None):
+    """What a row is called: its first run's name (or file name), less the seed of several runs."""
+    name, seed = name or row[0]["name"], row[0]["config"].get("seed")
+    return name.removesuffix(f"-seed{seed}") if len(row) > 1 else name
+
+
+def choose_settled(row):
+    """The runs that a row's accuracy is of: its finished ones, or all where none is."""
+    return [history for history in row if history["finished"]] or row
+
+
+def last_accuracies(row):
+    """The accuracies (%) that a row's settled runs end with: evaluate.py's, else the last epoch's.
+
+    A run without an epoch has none.
+    """
+    runs = [run for run in choose_settled(row) if "test" in run or run["epochs"]]
+    return [
+        run["test"]["accuracy"] if "test" in run else run["epochs"][-1]["val_accuracy"]
+        for run in runs
+    ]
+
+
+def note_unfinished(row):
+    """' (unfinished, epoch 3 of 15)' of the first run of a row that is, else nothing."""
+    for history in row:
+        if not history["finished"]:
+            epochs = history["config"].get("epochs", "?")
+            return f" (unfinished, epoch {len(history['epochs'])} of {epochs})"
+    return ""
+
+
+def tabulate(rows):
+    """The results as aligned Markdown: a line per row, with the options that not all share."""
+    configs = [hyperparameters(row[0]["config"]) for row in rows]
+    shared = {key for key in configs[0] if all(c.get(key) == configs[0][key] for c in configs)}
+    lines = [list(COLUMNS)]
+    for row, config in zip(rows, configs):
+        shown = ({"arch", "k"} | (config.keys() - shared)) - {"seed"}
+        words = [f"{key.replace('_', ' ')} {_say(config[key])}" for key in config if key in shown]
+        cells = [name_row(row), ", ".join(words), *_make_cells(row)]
+        lines.append([cell.replace("|", "\\|") for cell in cells])
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    rule = ["-" * width for width in widths[:2]] + ["-" * (width - 1) + ":" for width in widths[2:]]
+    aligned = [
+        [
+            cell.ljust(w) if place < 2 else cell.rjust(w)
+            for place, (cell, w) in enumerate(zip(*both))
+        ]
+        for both in ((line, widths) for line in lines)
+    ]
+    aligned.insert(1, rule)
+    return "".join(f"| {' | '.join(line)} |\n" for line in aligned)
+
+
+def _make_cells(row):
+    """A row's cells in the table from "parameters" on."""
+    parameters, reported, values = (
+        row[0].get("parameters"),
+        row[0]["reported"],
+        last_accuracies(row),
+    )
+    mean = statistics.fmean(values) if values else None
+    result = "not yet" if mean is None else f"{mean:.2f} %"
+    if len(values) > 1:
+        result += f" ± {statistics.stdev(values):.2f} (n = {len(values)})"
+    held_out = row[0]["config"].get("holdout") and "test" not in row[0]
+    if mean is not None and held_out:
+        result += " on held-out images"
+    known = mean is not None and reported is not None and not held_out
+    seconds = [
+        math.fsum(epoch["seconds"] for epoch in run["epochs"]) for run in choose_settled(row)
+    ]
+    return [
+        f"{parameters:,}" if isinstance(parameters, int) else "",
+        "" if reported is None else f"{reported:.2f} %",
+        result + note_unfinished(row),
+        f"{mean - reported:+.2f}" if known else "",
+        f"{statistics.fmean(seconds):,.1f}" if mean is not None else "",
+    ]
+
+
+def _say(value):
+    """An option's value in words."""
+    if isinstance(value, list):
+        return " ".join(map(str, value)) or "none"
+    words = {"True": "yes", "False": "no", "None": "default"}
+    return words.get(str(value), str(value))
+
+
+def format_epoch(epoch, epochs):
+    """An epoch of the history as a line under HEADER."""
+    return (
+        f"{epoch['epoch']:>3}/{epochs:<3} {epoch['lr']:>9.6f}"
+        f"  {epoch['train_loss']:>10.4f}  {epoch['train_accuracy']:>6.2f}"
+        f"  {epoch['val_loss']:>10.4f}  {epoch['val_accuracy']:>6.2f}"
+        f"  {format_seconds(epoch['seconds']):>7}  {epoch['images_per_second']:>8,.0f}"
+    )
+
+
+def format_seconds(seconds):
+    """Seconds as 4.2s, 3m20s or 2h05m."""
+    if seconds < 10:
+        return f"{seconds:.1f}s"
+    minutes, seconds = divmod(round(seconds), 60)
+    if minutes == 0:
+        return f"{seconds}s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s"
+
+
+def make_parser(doc):
+    """A script's argument parser: its module docstring as the manual, every default in --help."""
+    summary, _, manual = doc.partition("\n")
+    return argparse.ArgumentParser(
+        description=summary, epilog=manual, formatter_class=HelpFormatter, allow_abbrev=False
+    )
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows every default, and the examples as they are written."""
+
+
+def number(kind, low, high=math.inf, above=False):
+    """An argparse type: a finite int64 or float of at least low (`above`: more), at most high."""
+    high = min(high, 2**63 - 1) if kind is int else high
+
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high or value == math.inf or (above and value == low):
+            least = f"more than {low}" if above else f"at least {low}"
+            most = f" and at most {high}" if high < math.inf else ""
+            raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {least}{most}")
+        return value
+
+    parse.__name__ = kind.__name__  # what argparse calls it where kind(text) fails
+    return parse

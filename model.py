@@ -112,77 +112,6 @@ class Block(nn.Module):
         return self.size**2 * kernels // self.k + kernels + gate
 
 
-class MixedConvolution(torch.autograd.Function):
-    """conv(images[n], sum_i a[n, i] kernels[i]) + sum_i a[n, i] biases[i] of every image n.
-
-    images (N, C, H, W), coefficients a (N, k), kernels (k, O, C, 3, 3) and biases (k, O) give
-    (N, O, H, W). A few images are done at a time, and their mixed kernels not kept for the backward
-    pass: those of all images would be larger than the images. The gradient of the images is itself
-    a convolution, by the kernels turned round; oneDNN is faster at that than at its own backward
-    (88 % against 69 % of the peak rate, 256 to 512 channels, two AVX-512 cores).
-    """
-
-    @staticmethod
-    def forward(ctx, images, coefficients, kernels, biases):
-        ctx.save_for_backward(images, coefficients, kernels, biases)
-        device = images.device.type
-        autocast = torch.is_autocast_enabled(device)
-        ctx.dtype = torch.get_autocast_dtype(device) if autocast else images.dtype
-        x, a, w, b = (tensor.to(ctx.dtype) for tensor in (images, coefficients, kernels, biases))
-        return torch.cat([_convolve_each(x, a, w, a @ b) for x, a in _in_chunks(w, x, a)])
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        images, coefficients, w, b = (tensor.to(ctx.dtype) for tensor in ctx.saved_tensors)
-        grad_sums = grad.sum((2, 3))
-        grad_coefficients, grad_images = [], [] if ctx.needs_input_grad[0] else None
-        grad_kernels = torch.zeros_like(ctx.saved_tensors[2]).flatten(1)
-        # oneDNN is slow at this gradient of fewer than 16 channels in bfloat16.
-        slow_dtype = torch.float32 if ctx.dtype == torch.bfloat16 and w.shape[1] < 16 else ctx.dtype
-        turned = w.transpose(1, 2).flip(3, 4).contiguous()
-        for x, a, dy in _in_chunks(w, images, coefficients, grad):
-            if grad_images is not None:
-                grad_images.append(_convolve_each(dy, a, turned))
-            size = (len(x) * w.shape[1], *w.shape[2:])
-            x, dy = (_as_groups(part).to(slow_dtype) for part in (x, dy))
-            grad_mixed = nn.grad.conv2d_weight(x, size, dy, padding=1, groups=len(a))
-            grad_mixed = grad_mixed.view(len(a), -1).to(ctx.dtype)
-            grad_kernels += a.T @ grad_mixed
-            grad_coefficients.append(grad_mixed @ w.flatten(1).T)
-        return (
-            None if grad_images is None else torch.cat(grad_images),
-            torch.cat(grad_coefficients) + grad_sums @ b.T,
-            grad_kernels.view_as(w),
-            coefficients.T @ grad_sums,
-        )
-
-
-def _in_chunks(kernels, *tensors):
-    """The tensors (N, ...) in chunks of images that stay in the cache with kernels and outputs.
-
-    In float32 that is 20 MB (12 to 36 MB are about as fast), in bfloat16 40 MB (30 to 90 MB).
-    """
-    _, outputs, inputs, *_ = kernels.shape
-    numbers = kernels[0].numel() + (inputs + outputs) * tensors[0][0, 0].numel()
-    limit = 40_000_000 if kernels.dtype == torch.bfloat16 else 20_000_000  # bytes
-    size = max(1, limit // (numbers * kernels.element_size()))
-    return zip(*(tensor.split(size) for tensor in tensors))
-
-
-def _as_groups(images):
-    """(N, C, H, W) -> (1, N * C, H, W), for a convolution with N groups."""
-    return images.reshape(1, -1, *images.shape[2:])
-
-
-def _convolve_each(images, coefficients, kernels, biases=None):
-    """Convolve each image (N, C, H, W) by its mix of kernels (k, O, C, 3, 3), add biases (N, O)."""
-    weight = (coefficients @ kernels.flatten(1)).view(-1, *kernels.shape[2:])
-    bias = None if biases is None else biases.flatten()
-    outputs = F.conv2d(_as_groups(images), weight, bias, padding=1, groups=len(images))
-    return outputs.view(len(images), -1, *images.shape[2:])
-
-
 class Backbone(nn.Sequential):
     """One Block per entry of `arch`, its output channels; they are the next block's input channels.
 
@@ -259,6 +188,21 @@ def initialise_he(module):
         nn.init.zeros_(module.bias)
 
 
+@torch.inference_mode()
+def predict(model, batches, autocast):
+    """(logits, labels) of all batches (images, labels): float32 (N, 10) and int64 (N,).
+
+    The forward passes run in the context `autocast`.
+    """
+    model.eval()
+    logits, labels = [], []
+    for images, targets in batches:
+        with autocast:
+            logits.append(model(images).float())
+        labels.append(targets)
+    return torch.cat(logits), torch.cat(labels)
+
+
 def costs(model):
     """What each part of a network and the whole cost: (name, parameters, MACs, MACs if mixed) each.
 
@@ -275,5 +219,85 @@ def costs(model):
     return [*rows, ("total", *totals)]
 
 
+def tabulate_costs(rows, mixes):
+    """What `costs` returns as a table for people, with the form that each block computes in."""
+    lines = ["              parameters   MACs/image, k convolutions   with mixed kernels   runs as"]
+    for (name, parameters, textbook, mixed), mix in zip(rows, [*mixes, "", ""]):
+        line = f"{name:<10} {parameters:>13,} {textbook:>28,} {mixed:>20,}   {mix}"
+        lines.append(line.rstrip())
+    return "\n".join(lines)
+
+
 def _parameters(module):
     return sum(parameter.numel() for parameter in module.parameters())
+
+
+class MixedConvolution(torch.autograd.Function):
+    """conv(images[n], sum_i a[n, i] kernels[i]) + sum_i a[n, i] biases[i] of every image n.
+
+    images (N, C, H, W), coefficients a (N, k), kernels (k, O, C, 3, 3) and biases (k, O) give
+    (N, O, H, W). A few images are done at a time, and their mixed kernels not kept for the backward
+    pass: those of all images would be larger than the images. The gradient of the images is itself
+    a convolution, by the kernels turned round; oneDNN is faster at that than at its own backward
+    (88 % against 69 % of the peak rate, 256 to 512 channels, two AVX-512 cores).
+    """
+
+    @staticmethod
+    def forward(ctx, images, coefficients, kernels, biases):
+        ctx.save_for_backward(images, coefficients, kernels, biases)
+        device = images.device.type
+        autocast = torch.is_autocast_enabled(device)
+        ctx.dtype = torch.get_autocast_dtype(device) if autocast else images.dtype
+        x, a, w, b = (tensor.to(ctx.dtype) for tensor in (images, coefficients, kernels, biases))
+        return torch.cat([_convolve_each(x, a, w, a @ b) for x, a in _in_chunks(w, x, a)])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        images, coefficients, w, b = (tensor.to(ctx.dtype) for tensor in ctx.saved_tensors)
+        grad_sums = grad.sum((2, 3))
+        grad_coefficients, grad_images = [], [] if ctx.needs_input_grad[0] else None
+        grad_kernels = torch.zeros_like(ctx.saved_tensors[2]).flatten(1)
+        # oneDNN is slow at this gradient of fewer than 16 channels in bfloat16.
+        slow_dtype = torch.float32 if ctx.dtype == torch.bfloat16 and w.shape[1] < 16 else ctx.dtype
+        turned = w.transpose(1, 2).flip(3, 4).contiguous()
+        for x, a, dy in _in_chunks(w, images, coefficients, grad):
+            if grad_images is not None:
+                grad_images.append(_convolve_each(dy, a, turned))
+            size = (len(x) * w.shape[1], *w.shape[2:])
+            x, dy = (_as_groups(part).to(slow_dtype) for part in (x, dy))
+            grad_mixed = nn.grad.conv2d_weight(x, size, dy, padding=1, groups=len(a))
+            grad_mixed = grad_mixed.view(len(a), -1).to(ctx.dtype)
+            grad_kernels += a.T @ grad_mixed
+            grad_coefficients.append(grad_mixed @ w.flatten(1).T)
+        return (
+            None if grad_images is None else torch.cat(grad_images),
+            torch.cat(grad_coefficients) + grad_sums @ b.T,
+            grad_kernels.view_as(w),
+            coefficients.T @ grad_sums,
+        )
+
+
+def _in_chunks(kernels, *tensors):
+    """The tensors (N, ...) in chunks of images that stay in the cache with kernels and outputs.
+
+    In float32 that is 20 MB (12 to 36 MB are about as fast), in bfloat16 40 MB (30 to 90 MB).
+    """
+    _, outputs, inputs, *_ = kernels.shape
+    numbers = kernels[0].numel() + (inputs + outputs) * tensors[0][0, 0].numel()
+    limit = 40_000_000 if kernels.dtype == torch.bfloat16 else 20_000_000  # bytes
+    size = max(1, limit // (numbers * kernels.element_size()))
+    return zip(*(tensor.split(size) for tensor in tensors))
+
+
+def _as_groups(images):
+    """(N, C, H, W) -> (1, N * C, H, W), for a convolution with N groups."""
+    return images.reshape(1, -1, *images.shape[2:])
+
+
+def _convolve_each(images, coefficients, kernels, biases=None):
+    """Convolve each image (N, C, H, W) by its mix of kernels (k, O, C, 3, 3), add biases (N, O)."""
+    weight = (coefficients @ kernels.flatten(1)).view(-1, *kernels.shape[2:])
+    bias = None if biases is None else biases.flatten()
+    outputs = F.conv2d(_as_groups(images), weight, bias, padding=1, groups=len(images))
+    return outputs.view(len(images), -1, *images.shape[2:])

@@ -8,12 +8,12 @@ python plot.py runs/row4.json --format pdf --title "Row 4 of the report"
 python plot.py runs/row4.json --watch       # again whenever it changes, until it is finished
 
 Runs that differ in nothing but their seed make one row: their mean, and a band from the lowest to
-the highest. An unfinished run is drawn as far as it got; a row's figures are those of its finished
+the highest. An unfinished run is drawn as far as it got; a row's accuracy is that of its finished
 runs, if it has any. A run that evaluate.py tested has two pictures more, runs/row4-test.png and
-runs/row4-gates.png. --watch draws in a window where there is a display, else into the file.
+runs/row4-gates.png. --watch rewrites the picture: an image viewer that reloads shows it live.
 """
 
-import argparse
+import os
 import statistics
 import sys
 import textwrap
@@ -23,52 +23,80 @@ from pathlib import Path
 
 import numpy as np
 
-from gallery import BLUE, COLOURS, ORANGE, WIDTH, draw_gates, draw_test, save, style, titled
-from history import write_text
-from table import finals, markdown, read, row_name, rows_of, unfinished
+from gallery import BLUE, COLOURS, ORANGE, draw_gates, draw_test, save, start_figure, style
+from history import (
+    group,
+    last_accuracies,
+    make_parser,
+    name_row,
+    note_unfinished,
+    read_history,
+    tabulate,
+    write_text,
+)
 
 DASHES = ("-", "--", "-.", ":")
 WATCH_SECONDS = 3  # between two looks at a run
 
 
-def parse_args(argv=None):
-    """The options, checked; usage errors exit with 2."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.partition("\n")[0],
-        epilog=__doc__.partition("\n")[2],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add("histories", nargs="+", type=Path, help="runs/NAME.json")
-    add("--out", type=Path, help="folder to write to (default: the histories')")
-    add("--format", choices=("png", "svg", "pdf"), default="png", help="(default: png)")
-    add("--title", help="of the pictures; of several rows, of their comparison (default: the name)")
-    add("--watch", action="store_true", help="follow one run's curves (default: draw once)")
-    args = parser.parse_args(argv)
-    args.histories = list(dict.fromkeys(args.histories))
-    if args.watch and len(args.histories) > 1:
-        parser.error(f"--watch follows one run, not {len(args.histories)}: give one history")
-    return args
+def draw_all(args):
+    """Write every picture and the table. Returns whether something could not be read or drawn."""
+    runs, failed = {}, False
+    for path in args.histories:
+        try:
+            runs[path] = read_history(path)
+        except (OSError, ValueError) as error:
+            failed = complain(error)
+    if not runs:
+        return failed
+    paths = {id(run): path for path, run in runs.items()}
+    rows = group(runs.values())
+    title = args.title if len(rows) == 1 else None
+    targets = {}
+    for row in rows:
+        first = paths[id(row[0])]
+        path = choose_target(args, first, name_row(row, first.stem))
+        if path in targets:
+            raise ValueError(f"{path} would be the picture of two rows: draw them one by one")
+        targets[path] = row
+    for path, row in targets.items():
+        save(draw_run(row, title), path)
+    for path, run in runs.items():
+        failed |= draw_tested(args, path, run, title)
+    first = next(iter(runs))
+    results = tabulate(rows)
+    if len(rows) > 1:
+        save(draw_comparison(rows, args.title), choose_target(args, first, "comparison"))
+        write_text(choose_target(args, first, "results").with_suffix(".md"), results)
+    print(results, end="")
+    return failed
 
 
-def spread(series):
-    """(means, lowest, highest) of several lists of numbers, place by place, as arrays.
+def draw_tested(args, path, run, title):
+    """Write the pictures of a run's test metrics, those it has. Returns whether that failed."""
+    test, failed = run.get("test", {}), False
+    for name, draw, needed in (
+        ("test", draw_test, {"images", "per_class", "confusion", "calibration"}),
+        ("gates", draw_gates, {"per_class", "gates", "kernels"}),
+    ):
+        if needed <= test.keys():
+            try:
+                figure = draw(test, title or run["name"])
+            except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+                failed = complain(
+                    f"{path}: its test metrics are damaged, evaluate it again ({error})"
+                )
+            else:
+                save(figure, choose_target(args, path, f"{path.stem}-{name}"))
+    return failed
 
-    Where some lists have ended they are those of the others.
-    """
-    places = [[v for v in place if v is not None] for place in zip_longest(*series)]
-    return [np.array([of(place) for place in places]) for of in (statistics.fmean, min, max)]
 
-
-def draw_run(row, title=None, figure=None):
-    """A Figure of a row, one run or several seeds: loss and accuracy per epoch, loss per batch.
-
-    It is a new one, or `figure` drawn anew.
-    """
+def draw_run(row, title=None):
+    """A Figure of a row, one run or several seeds: loss and accuracy per epoch, loss per batch."""
     batch_losses = [history["batch_losses"] for history in row if history["batch_losses"]]
     seeds = f", mean and range of {len(row)} seeds" if len(row) > 1 else ""
-    title = title or row_name(row) + seeds
-    figure = titled(title + unfinished(row), 5.4 if batch_losses else 3, figure)
+    title = title or name_row(row) + seeds
+    figure = start_figure(title + note_unfinished(row), 5.4 if batch_losses else 3)
     batch_panel = [["batches", "batches"]] if batch_losses else []
     axes = figure.subplot_mosaic([["loss", "accuracy"], *batch_panel])
     draw_epochs(axes["loss"], row, "loss", "loss")
@@ -132,18 +160,12 @@ def draw_batches(axes, batch_losses):
     style(axes, "batch", "training loss")
 
 
-def running_mean(values, window):
-    """The means of every `window` consecutive values."""
-    sums = np.cumsum([0, *values])
-    return ((sums[window:] - sums[:-window]) / window).tolist()
-
-
 def draw_comparison(rows, title=None):
     """A Figure of all rows: reported beside measured accuracy, and accuracy over the epochs."""
-    names = [textwrap.fill(row_name(row), 32) for row in rows]
+    names = [textwrap.fill(name_row(row), 32) for row in rows]
     lines = sum(name.count("\n") + 1 for name in names)
     dots_height, curves_height = 1.2 + 0.2 * lines, max(3, 0.4 + 0.15 * lines)
-    figure = titled(title or "", dots_height + curves_height)
+    figure = start_figure(title or "", dots_height + curves_height)
     parts = figure.subfigures(2, 1, height_ratios=[dots_height, curves_height])
     dots, curves = (part.subplots() for part in parts)  # each as wide as its names allow
     draw_dots(dots, rows, names)
@@ -164,7 +186,7 @@ def draw_comparison(rows, title=None):
 def draw_dots(axes, rows, names):
     """Reported and measured accuracy of each row as dots; several seeds as ticks on a line."""
     for place, row in enumerate(rows):
-        values = finals(row)
+        values = last_accuracies(row)
         if len(values) > 1:
             axes.plot(sorted(values), [place] * len(values), "|-", color=BLUE, label="seeds")
         if row[0]["reported"] is not None:
@@ -181,71 +203,35 @@ def draw_dots(axes, rows, names):
     style(axes, "accuracy (%)", "")
 
 
-def main(argv=None):
-    """Draw or watch what the options say; failures exit with 1 and a line each."""
-    args = parse_args(argv)
-    try:
-        failed = watch(args) if args.watch else draw_all(args)
-    except (OSError, ValueError) as error:
-        sys.exit(f"plot.py: error: {error}")
-    except KeyboardInterrupt:
-        failed = 0 if args.watch else 130  # to watch ends so
-    sys.exit(failed)
+def spread(series):
+    """(means, lowest, highest) of several lists of numbers, place by place, as arrays.
+
+    Where some lists have ended they are those of the others.
+    """
+    places = [[v for v in place if v is not None] for place in zip_longest(*series)]
+    return [np.array([of(place) for place in places]) for of in (statistics.fmean, min, max)]
 
 
-def draw_all(args):
-    """Write every picture and the table. Returns whether something could not be read or drawn."""
-    runs, failed = {}, False
-    for path in args.histories:
-        try:
-            runs[path] = read(path)
-        except (OSError, ValueError) as error:
-            failed = complain(error)
-    if not runs:
-        return failed
-    paths = {id(run): path for path, run in runs.items()}
-    rows = rows_of(runs.values())
-    title = args.title if len(rows) == 1 else None
-    targets = {}
-    for row in rows:
-        first = paths[id(row[0])]
-        path = target(args, first, row_name(row, first.stem))
-        if path in targets:
-            raise ValueError(f"{path} would be the picture of two rows: draw them one by one")
-        targets[path] = row
-    for path, row in targets.items():
-        save(draw_run(row, title), path)
-    for path, run in runs.items():
-        failed |= draw_tested(args, path, run, title)
-    first = next(iter(runs))
-    if len(rows) > 1:
-        save(draw_comparison(rows, args.title), target(args, first, "comparison"))
-    results = markdown(rows)
-    write_text(target(args, first, "results").with_suffix(".md"), results)
-    print(results, end="")
-    return failed
+def running_mean(values, window):
+    """The means of every `window` consecutive values."""
+    sums = np.cumsum([0, *values])
+    return ((sums[window:] - sums[:-window]) / window).tolist()
 
 
-def draw_tested(args, path, run, title):
-    """Write the pictures of a run's test figures, those it has. Returns whether that failed."""
-    test, failed = run.get("test", {}), False
-    for name, draw, needed in (
-        ("test", draw_test, {"images", "per_class", "confusion", "calibration"}),
-        ("gates", draw_gates, {"per_class", "gates", "kernels"}),
-    ):
-        if needed <= test.keys():
-            try:
-                figure = draw(test, title or run["name"])
-            except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-                failed = complain(
-                    f"{path}: its test figures are damaged, evaluate it again ({error})"
-                )
-            else:
-                save(figure, target(args, path, f"{path.stem}-{name}"))
-    return failed
+def watch(args):
+    """Draw a run's curves into its file whenever its history changes, until it is finished."""
+    (path,) = args.histories
+    run, drawn = {"finished": False}, None
+    while not run["finished"]:
+        changed = path.stat().st_mtime_ns
+        if changed != drawn:
+            run, drawn = read_history(path), changed
+            save(draw_run([run], args.title), choose_target(args, path, path.stem))
+        else:
+            time.sleep(WATCH_SECONDS)
 
 
-def target(args, history, name):
+def choose_target(args, history, name):
     """The file that a picture of that name goes to, beside its history unless --out says else."""
     return (args.out or history.parent) / f"{name}.{args.format}"
 
@@ -256,42 +242,34 @@ def complain(problem):
     return True
 
 
-def watch(args):
-    """Draw a run's curves whenever its history changes, until it is finished. Returns False.
-
-    The last picture is in the file. In a window they end, too, when it is closed.
-    """
-    (path,) = args.histories
-    window, closed, drawn = open_window(), [], None
-    if window:
-        window.canvas.mpl_connect("close_event", closed.append)
-    while not closed:
-        changed = path.stat().st_mtime_ns
-        if changed != drawn:
-            run, drawn = read(path), changed
-            if window:
-                draw_run([run], args.title, window)
-                window.canvas.draw_idle()
-            if run["finished"] or not window:
-                save(draw_run([run], args.title), target(args, path, path.stem))
-            if run["finished"]:
-                break
-        (window.canvas.start_event_loop if window else time.sleep)(WATCH_SECONDS)
-    return False
+def parse_args(argv=None):
+    """The options, checked; usage errors exit with 2."""
+    parser = make_parser(__doc__)
+    add = parser.add_argument
+    add("histories", nargs="+", type=Path, help="runs/NAME.json")
+    add("--out", type=Path, help="folder to write to; None: that of the histories")
+    add("--format", choices=("png", "svg", "pdf"), default="png", help="of the pictures")
+    add("--title", help="of the pictures; of several rows, of their comparison; None: the name")
+    add("--watch", action="store_true", help="follow one run's curves until it is finished")
+    args = parser.parse_args(argv)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        parser.error("one process draws: start it without torchrun")
+    args.histories = list(dict.fromkeys(args.histories))
+    if args.watch and len(args.histories) > 1:
+        parser.error(f"--watch follows one run, not {len(args.histories)}: give one history")
+    return args
 
 
-def open_window():
-    """An empty Figure in a window; None where there is no display."""
-    from matplotlib import pyplot  # here, since nothing else needs it
-
+def main(argv=None):
+    """Draw or watch what the options say; failures exit with 1 and a line each."""
+    args = parse_args(argv)
     try:
-        figure = pyplot.figure(figsize=(WIDTH, 5.4), layout="constrained")
-    except ImportError:  # of a backend that was asked for and finds no display
-        return None
-    if not figure.canvas.required_interactive_framework:
-        return None
-    figure.show()
-    return figure
+        failed = watch(args) if args.watch else draw_all(args)
+    except (OSError, ValueError) as error:
+        sys.exit(f"plot.py: error: {error}")
+    except KeyboardInterrupt:
+        failed = 0 if args.watch else 130  # to watch ends so
+    sys.exit(failed)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import torchvision
 import data
 import train
 from history import read_history
-from options import parse_args
+from run import Run
 
 # The smallest run that goes through everything: 2 epochs of 4 batches, the last one smaller.
 TINY = (
@@ -61,9 +61,14 @@ def run(tmp_path):
     def run_tiny(*options):
         arguments = [*TINY, "--out", str(tmp_path), "--name", "run", *options]
         train.main(arguments)
-        return read_history(parse_args("", arguments).out / "run.json")
+        return read_history(train.parse_args(arguments).out / "run.json")
 
     return run_tiny
+
+
+def left_in(folder):
+    """The names of the files in a folder, but for the locks of runs."""
+    return sorted(path.name for path in folder.iterdir() if path.suffix != ".lock")
 
 
 def without_times(history):
@@ -111,3 +116,16 @@ def changed(history, name, accuracy=None, **config):
     if accuracy is not None:
         other["epochs"][-1]["val_accuracy"] = accuracy
     return other
+
+
+def stop_after(monkeypatch, batches, signal_number=15):
+    """Let a signal come when so many batches, of training or validation, are done."""
+    save_or_stop, count = Run._save_or_stop, [0]
+
+    def counted(self):
+        count[0] += 1
+        if count[0] == batches:
+            self._on_signal(signal_number, None)
+        save_or_stop(self)
+
+    monkeypatch.setattr(Run, "_save_or_stop", counted)

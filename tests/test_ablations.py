@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from options import parse_args
+from train import parse_args
 
 ROOT = Path(__file__).parent.parent
 ROWS = "row1 row2 row3 row4 row5 row6 final sgd adam gate-relu best".split()
@@ -15,17 +15,17 @@ ROWS = "row1 row2 row3 row4 row5 row6 final sgd adam gate-relu best".split()
 STUB = """#!{python}
 import json, os, pathlib, sys
 with open(os.environ["CALLS"], "a") as calls:
-    calls.write(json.dumps(sys.argv[1:]) + "\\n")
-script, *options = sys.argv[1:]
+    calls.write(json.dumps([os.path.basename(sys.argv[1]), *sys.argv[2:]]) + "\\n")
+path, *options = sys.argv[1:]
+script = os.path.basename(path)
 if script == "train.py":
     name = options[options.index("--name") + 1]
     if name in os.environ.get("FAIL", "").split():
         sys.exit(1)
     out = pathlib.Path(options[options.index("--out") + 1])
-    if not (out / f"{{name}}.json").exists():
-        (out / f"{{name}}.json").write_text("{{}}")
-if script == "evaluate.py":
-    pathlib.Path(options[0]).with_suffix(".json").write_text('{{\\n "test": {{}}\\n}}')
+    for suffix in (".json", ".pt"):
+        if not (out / (name + suffix)).exists():
+            (out / (name + suffix)).write_text(name)
 """
 
 
@@ -56,7 +56,7 @@ def replay(tmp_path):
 
 def trained(calls):
     """The options of each training run, parsed by train.py's own parser, by name."""
-    runs = (parse_args("", call[1:]) for call in calls if call[0] == "train.py")
+    runs = (parse_args(call[1:]) for call in calls if call[0] == "train.py")
     return {args.name: args for args in runs}
 
 
@@ -123,7 +123,7 @@ def test_every_row_has_the_reports_options(replay):
 def test_each_row_is_trained_then_evaluated_and_all_are_plotted_last(replay, tmp_path):
     _, calls = replay()
     assert [call[0] for call in calls] == ["train.py", "evaluate.py"] * 11 + ["plot.py"]
-    assert calls[1] == ["evaluate.py", str(tmp_path / "row1.pt")]
+    assert calls[1] == ["evaluate.py", str(tmp_path / "row1.pt"), "--once"]
     assert calls[-1][1:] == [str(tmp_path / f"{name}.json") for name in ROWS]
 
 
@@ -134,11 +134,26 @@ def test_named_rows_run_alone_with_the_options_after_the_dashes(replay, tmp_path
     assert all(args.device == "cpu" and args.out == tmp_path for args in runs.values())
 
 
-def test_a_row_that_was_evaluated_is_not_evaluated_again(replay):
-    replay("row4")
-    _, calls = replay("row4")
-    assert [call[0] for call in calls] == ["train.py", "plot.py"]
-    assert trained(calls)["row4"].resume
+@pytest.mark.parametrize("first, second", [("row6", "final"), ("final", "row6")])
+def test_row6_and_final_are_trained_once(replay, tmp_path, first, second):
+    replay(first)
+    _, calls = replay(second)
+    assert trained(calls)[second].resume  # which finds what was copied, finished
+    assert (tmp_path / f"{second}.json").read_text() == first
+    assert (tmp_path / f"{second}.pt").read_text() == first
+
+
+def test_seed_0_is_the_row_itself(replay):
+    assert list(trained(replay("row4", "--", "--seed", "0")[1])) == ["row4"]
+
+
+def test_a_signal_reaches_the_training(replay, tmp_path):
+    launcher = tmp_path / "bin" / "launcher"
+    launcher.write_text('#!/bin/sh\ntrap "exit 143" TERM\nkill $PPID\nsleep 5 & wait\nexit 1\n')
+    launcher.chmod(0o755)
+    result, calls = replay("row4", "row5", LAUNCH="launcher")
+    assert result.returncode == 143
+    assert calls == []
 
 
 def test_another_seed_is_another_run_beside_the_first(replay, tmp_path):
@@ -161,14 +176,15 @@ def test_each_part_of_the_recipe_is_tried_alone_and_left_out(replay, tmp_path):
     for args, options in zip(runs.values(), expected.values()):
         options = FINAL | NETWORK | options | {"arch": [8, 8], "seed": 1, "holdout": 5000}
         assert {key: getattr(args, key) for key in options} == options, args.name
-    assert "evaluate.py" not in [call[0] for call in calls]  # the test images stay unseen
-    assert set(calls[-1][1:]) == {str(tmp_path / f"{name}.json") for name in runs}
+    *_, drawn = calls
+    assert drawn[1:3] == ["--out", str(tmp_path / "parts")]
+    assert set(drawn[3:]) == {str(tmp_path / f"{name}.json") for name in runs}
 
 
-def test_a_row_with_images_held_out_leaves_the_test_images_unseen(replay):
-    for holdout in (["--holdout", "5000"], ["--holdout=5000"]):
-        _, calls = replay("row4", "--", *holdout)
-        assert [call[0] for call in calls] == ["train.py", "plot.py"]
+def test_rows_are_drawn_beside_parts(replay, tmp_path):
+    _, calls = replay("row4", "parts")
+    assert calls[-1] == ["plot.py", str(tmp_path / "row4.json")]
+    assert calls[-2][0] == "plot.py"
 
 
 def test_a_failing_row_does_not_stop_the_others_and_is_named(replay):

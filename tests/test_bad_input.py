@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import zipfile
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from conftest import CIFAR10, TINY, needs_cifar10
 import evaluate
 import plot
 import train
+from checkpoint import OLD_FORMAT, write_checkpoint
+from model import build_model
 
 USAGE = [
     (["--dataset", "cifar100"], "cifar100"),
@@ -41,6 +44,10 @@ USAGE = [
     (["--epochs", "0"], "--epochs"),
     (["--batch-size", "0"], "--batch-size"),
     (["--limit", "0"], "--limit"),
+    (["--batch-size", str(2**63)], "at most 9223372036854775807"),
+    (["--hidden", str(2**70)], "out of range"),
+    (["--seed", str(2**64)], "out of range"),
+    (["--hold", "500"], "unrecognized arguments: --hold"),
     (["--augment", "rotate"], "rotate"),
     (["--seed", "-1"], "--seed"),
     (["--reported", "101"], "--reported"),
@@ -48,19 +55,25 @@ USAGE = [
     (["--mix", "both"], "both"),
     (["--name", "a/b"], "--name 'a/b'"),
     (["--name", ".."], "--name '..'"),
+    (["--name", "x.state"], "another run's file"),
+    (["--name", "x-test"], "another run's file or picture"),
     (["--resume", "--overwrite"], "give one of them"),
     (["--depth", "3"], "--depth"),
 ]
 
 FAILURES = [
-    (["--device", "cuda:99"], "--device cuda:99: not to be had here"),
-    (["--device", "abacus"], "--device abacus: not to be had here"),
+    (["--device", "cuda:99"], "--device cuda:99 does not work here"),
+    (["--device", "meta"], "--device meta does not work here"),
+    (["--device", "abacus"], "--device abacus does not work here"),
     (["--holdout", "15"], "--holdout 15: not a multiple of the 10 classes"),
     (["--holdout", "10000"], "--holdout 10000"),
     (["--limit", "10001"], "--limit 10001: there are 10000 training images"),
-    (["--dataset", "cifar10", "--data-dir", "MISSING"], "there is no folder cifar-10-batches-py"),
+    (
+        ["--dataset", "cifar10", "--data-dir", "MISSING"],
+        "cifar-10-batches-py/data_batch_1 is missing or damaged",
+    ),
     (["--dataset", "cifar10", "--data-dir", "EMPTY"], "--dataset shapes"),
-    (["--dataset", "cifar10", "--data-dir", "BATCH"], "data_batch_1 is damaged"),
+    (["--dataset", "cifar10", "--data-dir", "BATCH"], "data_batch_1 is missing or damaged"),
     (["--dataset", "cifar10", "--data-dir", "FILE"], "no CIFAR-10 in"),
     (["--out", "FILE"], "FILE"),
     (["--arch", "4000000000", "4000000000"], "no model with --arch"),
@@ -84,8 +97,9 @@ def places(tmp_path, monkeypatch):
 
 
 def files(folder):
-    """The content of every file below a folder."""
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    """The content of every file below a folder, but for the locks of runs."""
+    paths = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock"]
+    return {path: path.read_bytes() for path in paths}
 
 
 def refused(main, arguments, capsys):
@@ -127,7 +141,7 @@ def test_a_truncated_cifar10_batch_is_named(places, capsys):
     options = ["--dataset", "cifar10", "--data-dir", "cut"]
     code, line = refused(train.main, [*TINY, *options], capsys)
     assert code == 1
-    assert "data_batch_3 is damaged" in line
+    assert "data_batch_3 is missing or damaged" in line
 
 
 @pytest.mark.parametrize(
@@ -165,15 +179,35 @@ def truncated(path):
     path.write_bytes(path.read_bytes()[:-100])
 
 
-def other_arch(path):
-    config = {"arch": [4, 8], "hidden": 8, "dataset": "shapes", "data_dir": "data"}
-    checkpoint = {"format": evaluate.CHECKPOINT_FORMAT, "config": config}
-    torch.save(checkpoint | {"weights": {"weight": torch.zeros(3)}}, path)
+GOOD = {"arch": [4], "k": 2, "fc": 1, "dataset": "shapes", "data_dir": "data"}
 
 
-def other_config(path):
-    checkpoint = {"format": evaluate.CHECKPOINT_FORMAT, "config": ["arch"], "weights": {}}
-    torch.save(checkpoint, path)
+def with_config(config, **weights):
+    """A function that writes an old checkpoint, which has no digest, of that config."""
+    return lambda path: torch.save(
+        {"format": OLD_FORMAT, "config": config, "weights": weights}, path
+    )
+
+
+def compressed(path):
+    other_program(path)
+    with zipfile.ZipFile(path) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in entries.items():
+            archive.writestr(name, content)
+
+
+def flipped(path):
+    model = build_model(GOOD)
+    write_checkpoint(path, GOOD, model)
+    saved = torch.load(path, weights_only=True)
+    saved["weights"]["classifier.2.bias"][3] += 1
+    torch.save(saved, path)
+
+
+few = dict.fromkeys("abcdefghijkl", torch.zeros(3))
+huge = {"w": torch.zeros(1).expand(10**10)}  # a small file
 
 
 def nothing(path):
@@ -183,12 +217,17 @@ def nothing(path):
 @pytest.mark.parametrize(
     "make, message",
     [
-        (text, "is not a checkpoint"),
-        (picture, "is not a checkpoint"),
-        (other_program, "not a checkpoint that train.py wrote"),
-        (truncated, "only the beginning of one"),
-        (other_arch, "its weights do not fit its options"),
-        (other_config, "its weights do not fit its options"),
+        (text, "is not a whole checkpoint of train.py"),
+        (picture, "is not a whole checkpoint of train.py"),
+        (other_program, "is not a whole checkpoint of train.py"),
+        (truncated, "is not a whole checkpoint of train.py"),
+        (compressed, "it is compressed"),
+        (flipped, "its digest is that of other weights"),
+        (with_config(GOOD, **huge), "its weights are larger than the file"),
+        (with_config(GOOD, **few), "its weights do not fit its options"),
+        (with_config(["arch"]), "its weights do not fit its options"),
+        (with_config(GOOD | {"fc": 10**7}, **few), "it has more layers than weights"),
+        (with_config(GOOD | {"mix": "both"}, **few), "its weights do not fit its options"),
         (nothing, "No such file"),
     ],
 )

@@ -1,4 +1,5 @@
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from model import Block
 
 
 def test_the_textbook_block_computes_what_ours_does():
-    ours, textbook = Block(5, 7, k=3), bench.TextbookBlock(5, 7, k=3)
+    ours = Block(5, 7, k=3)
+    textbook = bench.TextbookBlock(ours)
     kernels = zip(ours.convs.weight.chunk(3), ours.convs.bias.chunk(3))
     for conv, (weight, bias) in zip(textbook.convs, kernels):
         conv.load_state_dict({"weight": weight, "bias": bias})
@@ -29,36 +31,62 @@ def test_the_textbook_loader_yields_what_ours_does():
         assert torch.equal(labels, expected_labels)
 
 
-def test_two_functions_are_timed_in_turn_after_a_turn_to_warm_up(monkeypatch):
-    calls, clock = [], iter(range(100))
-    monkeypatch.setattr(bench.time, "perf_counter", lambda: next(clock))
-    result = bench.compare(
-        "x", lambda: calls.append("ours"), lambda: calls.append("textbook"),
-        torch.device("cpu"), turns=2,
-    )  # fmt: skip
-    assert calls == ["textbook", "ours"] * 3
-    assert result == {
-        "what": "x", "ours_seconds": 1, "textbook_seconds": 1,
-        "ratio": 1, "ratio_min": 1, "ratio_max": 1,
+class Inline:
+    """A stand-in for a process of its own."""
+
+    def __init__(self, *arguments):
+        self.step = None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    def submit(self, function, *arguments):
+        if function is bench.prepare:
+            self.step = arguments[0](*arguments[1:])
+            return SimpleNamespace(result=lambda: None)
+        return SimpleNamespace(result=self.step)
+
+
+def test_two_forms_are_timed_in_turn_after_a_turn_to_warm_up(monkeypatch, capsys):
+    calls, ours, textbook = [], iter([9, 2, 2, 1]), iter([9, 4, 6, 8])
+    monkeypatch.setattr(bench, "ProcessPoolExecutor", Inline)
+
+    def build(name, seconds):
+        return lambda: calls.append(name) or next(seconds)
+
+    row = bench.compare("x", (build, "ours", ours), (build, "textbook", textbook), "textbook", 3)
+    assert calls == ["ours", "textbook"] * 4
+    assert row == {
+        "what": "x", "against": "textbook", "seconds": 2, "other_seconds": 6,
+        "ratio": 3, "ratio_min": 2, "ratio_max": 8,
+    }  # fmt: skip
+    assert "3.00 (2.00 to 8.00)" in capsys.readouterr().out
+
+
+def test_the_results_are_written_as_json(monkeypatch, tmp_path):
+    monkeypatch.setattr(bench, "compare", lambda what, *forms, **turns: what)
+    bench.main(["--device", "cpu", "--json", str(tmp_path / "new" / "cpu.json")])
+    report = json.loads((tmp_path / "new" / "cpu.json").read_text())
+    assert report["threads"] == torch.get_num_threads()
+    assert {what.split()[0] for what in report["results"]} == {
+        "block", "mixed", "the", "training", "loader,",
     }  # fmt: skip
 
 
-def test_the_figures_are_written_as_json(monkeypatch, tmp_path):
-    tiny = {"a tiny row": ({"arch": [4, 8], "hidden": 8}, 4)}
-    monkeypatch.setattr(bench, "ROWS", tiny)
-    bench.main(["--only", "step", "--device", "cpu", "--json", str(tmp_path / "new" / "cpu.json")])
-    report = json.loads((tmp_path / "new" / "cpu.json").read_text())
-    assert report["threads"] == torch.get_num_threads()
-    (row,) = report["results"]
-    assert row["what"] == "training step of a tiny row, batch 4"
-    assert row["ratio"] > 0
-
-
 @pytest.mark.parametrize("textbook", [False, True])
-def test_a_training_step_changes_the_network(textbook):
-    step = bench.training_step({"arch": [4], "fc": 1}, torch.device("cpu"), textbook)
-    images, labels = torch.randn(8, 3, 32, 32), torch.arange(8)
-    first = float(step(images, labels))
-    for _ in range(20):
-        last = float(step(images, labels))
-    assert last < first
+def test_a_training_step_trains(monkeypatch, textbook):
+    options = {"arch": [4, 4, 8], "fc": 1, "norm": "batch", "downsample": True, "residual": True}
+    monkeypatch.setattr(bench, "ROWS", {"tiny": (options, 8)})
+    step = bench.build_training("tiny", torch.device("cpu"), "float32", textbook)
+    losses = [step() for _ in range(20)]
+    assert losses[-1] < losses[0]
+
+
+def test_every_form_can_be_built_and_run():
+    cpu = torch.device("cpu")
+    bench.build_block(4, 8, 8, 2, cpu, "bfloat16")()
+    bench.build_convolutions(1, cpu, "bfloat16")()
+    bench.build_loader(cpu, True)()

@@ -122,7 +122,7 @@ def test_batches_from_a_start_are_the_later_ones_of_the_epoch():
 
 def test_a_crop_cuts_each_image_out_of_its_padded_self():
     images = torch.randint(1, 256, (300, 3, 32, 32), dtype=torch.uint8)
-    cropped = data.augmented(images, ("crop",), torch.Generator().manual_seed(0))
+    cropped = data.augment_batch(images, ("crop",), torch.Generator().manual_seed(0))
     padded = F.pad(images, (4, 4, 4, 4))
     places = set()
     for image, result in zip(padded, cropped):
@@ -135,7 +135,7 @@ def test_a_crop_cuts_each_image_out_of_its_padded_self():
 
 def test_cutout_blackens_a_square_around_a_random_pixel_of_each_image():
     images = torch.randint(1, 256, (300, 3, 32, 32), dtype=torch.uint8)
-    cut = data.augmented(images, ("cutout",), torch.Generator().manual_seed(0))
+    cut = data.augment_batch(images, ("cutout",), torch.Generator().manual_seed(0))
     black = (cut == 0).all(1)
     assert torch.equal(cut, images * ~black[:, None])
     rows, columns = black.any(2), black.any(1)
@@ -149,7 +149,7 @@ def test_cutout_blackens_a_square_around_a_random_pixel_of_each_image():
 
 def test_a_flip_mirrors_half_of_the_images():
     images = torch.randint(256, (300, 3, 32, 32), dtype=torch.uint8)
-    flipped = data.augmented(images, ("flip",), torch.Generator().manual_seed(0))
+    flipped = data.augment_batch(images, ("flip",), torch.Generator().manual_seed(0))
     mirrored = (flipped == images.flip(3)).flatten(1).all(1)
     assert torch.equal(flipped[~mirrored], images[~mirrored])
     assert 110 < mirrored.sum() < 190

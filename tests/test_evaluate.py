@@ -13,7 +13,9 @@ from PIL import Image
 import data
 import evaluate
 import train
+from checkpoint import load_checkpoint, load_model
 from history import read_history
+from model import build_model
 
 
 @pytest.fixture(scope="module")
@@ -33,11 +35,20 @@ def test_the_last_line_is_the_reports(evaluated):
     assert f"{history['test']['accuracy']:.2f}%" in last
 
 
-def test_the_test_figures_are_those_of_the_last_epoch(evaluated):
+def test_the_test_metrics_are_those_of_the_last_epoch(evaluated):
     history, _, _ = evaluated
     assert history["test"]["accuracy"] == pytest.approx(history["epochs"][-1]["val_accuracy"])
     assert history["test"]["loss"] == pytest.approx(history["epochs"][-1]["val_loss"])
     assert history["finished"] is True
+
+
+def test_once_leaves_a_test_and_held_out_runs_alone(evaluated, run, tmp_path, capsys):
+    evaluate.main([str(evaluated[2] / "run.pt"), "--once"])
+    run("--holdout", "500")
+    capsys.readouterr()
+    evaluate.main([str(tmp_path / "run.pt"), "--once"])
+    assert capsys.readouterr().out == ""
+    assert "test" not in read_history(tmp_path / "run.json")
 
 
 def test_every_class_is_printed_and_kept(evaluated):
@@ -69,9 +80,9 @@ def test_every_gate_is_kept_and_softmax_means_sum_to_one(evaluated):
 
 def test_the_kept_coefficients_are_the_blocks_own():
     torch.manual_seed(0)
-    model = evaluate.build_model({"arch": [4, 8], "k": 2, "fc": 1}).eval()
+    model = build_model({"arch": [4, 8], "k": 2, "fc": 1}).eval()
     images = torch.randn(3, 3, 32, 32)
-    with evaluate.coefficients_kept(model) as kept:
+    with evaluate.keep_coefficients(model) as kept:
         model(images)
     model(images)  # not kept any more
     inputs = [images, model.backbone[0](images)]
@@ -82,20 +93,20 @@ def test_the_kept_coefficients_are_the_blocks_own():
 def test_the_first_kernels_are_kept_with_four_digits(evaluated):
     history, _, folder = evaluated
     kernels = history["test"]["kernels"]
-    weights = evaluate.load_checkpoint(folder / "run.pt")["weights"]
+    weights = load_checkpoint(folder / "run.pt")["weights"]
     assert np.shape(kernels) == (2, 4, 3, 3, 3)
     expected = weights["backbone.block1.convs.weight"].view(2, 4, 3, 3, 3)
     assert np.allclose(kernels, expected, rtol=0, atol=0.00006)
     assert kernels[1][3][2][1][0] == round(kernels[1][3][2][1][0], 4)
 
 
-def test_test_time_augmentation_stands_beside_the_plain_figures(evaluated, tmp_path, capsys):
+def test_test_time_augmentation_stands_beside_the_plain_metrics(evaluated, tmp_path, capsys):
     history, _, folder = evaluated
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     plain = history["test"]
     evaluate.main([str(tmp_path / "run.pt"), "--tta"])
     test = read_history(tmp_path / "run.json")["test"]
-    model = evaluate.rebuild(evaluate.load_checkpoint(tmp_path / "run.pt"), "run.pt").eval()
+    model = load_model(tmp_path / "run.pt")
     ((images, labels),) = data.batches(data.load("shapes", train=False), "shapes", 1_000)
     logits = (model(images) + model(images.flip(3))) / 2
     expected = {
@@ -197,7 +208,7 @@ def test_photos_are_classified_without_a_data_set(run, tmp_path, capsys, monkeyp
     run()
     image = data.load("shapes", train=False).tensors[0][0]
     Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / "first.png")
-    model = evaluate.rebuild(evaluate.load_checkpoint(tmp_path / "run.pt"), "run.pt").eval()
+    model = load_model(tmp_path / "run.pt")
     ((images, _),) = data.batches(data.load("shapes", train=False), "shapes", 1_000)
     likeliest = (100 * model(images[:1])[0].softmax(0)).topk(3)
     capsys.readouterr()
@@ -231,3 +242,37 @@ def test_files_that_are_no_images_are_named_and_the_others_classified(
         assert line.startswith(f"evaluate.py: error: {path}: ")
     assert "decompression bomb" in errors[2]
     assert output.out.startswith(f"{good}: ")
+
+
+def test_metrics_are_those_of_a_hand_made_example():
+    labels = torch.tensor([0, 0, 1, 2])
+    logits = torch.tensor([[9.0, 0, 0], [0, 9, 0], [0, 9, 0], [0, 9, 0]])
+    figures = evaluate.measure_predictions(logits, labels, ["a", "b", "c"])
+    assert figures["accuracy"] == 50
+    assert figures["per_class"] == {"a": 50, "b": 100, "c": 0}
+    assert figures["confusion"] == [[1, 1, 0], [0, 1, 0], [0, 1, 0]]
+
+
+def test_calibration_of_a_hand_made_example():
+    percentages = torch.tensor([[70.0, 30], [30, 70], [10, 90], [95, 5]])
+    figures = evaluate.measure_calibration(percentages, torch.tensor([0, 0, 1, 0]))
+    assert [part["count"] for part in figures["bins"]] == [0] * 10 + [2, 0, 0, 1, 1]
+    assert figures["bins"][10] == {"confidence": 70, "accuracy": 50, "count": 2}
+    assert figures["bins"][0] == {"confidence": None, "accuracy": None, "count": 0}
+    assert figures["ece"] == pytest.approx((2 * 20 + 10 + 5) / 4)
+
+
+def test_the_wrong_images_come_with_the_most_confident_first():
+    percentages = torch.tensor([[60.0, 40], [20, 80], [1, 99], [55, 45]])
+    wrong = evaluate.find_most_wrong(percentages, torch.tensor([1, 0, 1, 0]), ["a", "b"])
+    assert wrong == [
+        {"index": 1, "true": "a", "predicted": "b", "confidence": 80},
+        {"index": 0, "true": "b", "predicted": "a", "confidence": 60},
+    ]
+
+
+def test_gate_metrics_of_a_hand_made_example():
+    coefficients = torch.tensor([[0.0, 1.0], [0.5, 0.5], [1.0, 0.0]])
+    figures = evaluate.measure_gate(coefficients, torch.tensor([0, 0, 1]), ["a", "b"])
+    assert figures["mean_per_class"] == [[0.25, 0.75], [1, 0]]
+    assert figures["quantiles"] == [[0, 0.25, 0.5, 0.75, 1]] * 2

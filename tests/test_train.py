@@ -3,27 +3,16 @@ import math
 
 import pytest
 import torch
-from conftest import CIFAR10, RECIPE, TINY, needs_cifar10, without_times
+from conftest import CIFAR10, RECIPE, TINY, left_in, needs_cifar10, stop_after, without_times
 from torch.optim.swa_utils import AveragedModel
 
+import data
 import evaluate
-import train
-from console import Progress, duration
-from history import read_history
-from options import parse_args
+from history import format_seconds, read_history
+from run import Progress, Run
+from train import make_model, make_optimizer, parse_args
 
-
-def stop_after(monkeypatch, batches, signal_number=15):
-    """Let a signal come when so many batches, of training or validation, are done."""
-    stop_if_asked, count = train.Run.stop_if_asked, [0]
-
-    def counted(self):
-        count[0] += 1
-        if count[0] == batches:
-            self.on_signal(signal_number, None)
-        stop_if_asked(self)
-
-    monkeypatch.setattr(train.Run, "stop_if_asked", counted)
+CPU = torch.device("cpu")
 
 
 def rates_used(monkeypatch):
@@ -40,7 +29,7 @@ def rates_used(monkeypatch):
 
 def test_a_run_leaves_its_history_and_its_checkpoint(run, tmp_path):
     history = run("--reported", "61")
-    assert {path.name for path in tmp_path.iterdir()} == {"run.json", "run.pt"}
+    assert left_in(tmp_path) == ["run.json", "run.pt"]
     assert history["name"] == "run"
     assert history["config"]["arch"] == [4, 8]
     assert history["reported"] == 61
@@ -105,9 +94,9 @@ def test_without_a_schedule_the_learning_rate_stays(run):
         (["--weight-decay", "0.1"], torch.optim.AdamW, {"weight_decay": 0.1}),
     ],
 )  # fmt: skip
-def test_optimisers_are_pytorchs_with_its_defaults(tmp_path, options, kind, expected):
-    args = parse_args("", [*TINY, "--out", str(tmp_path), *options])
-    optimizer = train.Run(args).optimizer
+def test_optimisers_are_pytorchs_with_its_defaults(options, kind, expected):
+    args = parse_args([*TINY, *options])
+    optimizer = make_optimizer(make_model(args, CPU), args)
     assert type(optimizer) is kind
     assert expected.items() <= optimizer.defaults.items()
 
@@ -135,11 +124,11 @@ def test_an_option_changes_the_losses_from_the_batch_on_that_it_acts_on(run, opt
 
 
 @pytest.mark.parametrize("options, decay", [([], 0.01), (["--weight-decay", "0.1"], 0.1)])
-def test_weight_decay_can_be_for_weights_only(tmp_path, options, decay):
-    options = ["--no-bias-decay", "--norm", "batch", "--out", str(tmp_path), *options]
-    run = train.Run(parse_args("", [*TINY, *options]))
-    decayed, others = run.optimizer.param_groups
-    names = {id(parameter): name for name, parameter in run.model.named_parameters()}
+def test_weight_decay_can_be_for_weights_only(options, decay):
+    args = parse_args([*TINY, "--no-bias-decay", "--norm", "batch", *options])
+    model = make_model(args, CPU)
+    decayed, others = make_optimizer(model, args).param_groups
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
     assert (decayed["weight_decay"], others["weight_decay"]) == (decay, 0)
     assert all(".norm." not in names[id(p)] and p.dim() > 1 for p in decayed["params"])
     assert {names[id(p)].split(".")[-1] for p in others["params"]} == {"bias", "weight"}
@@ -149,11 +138,9 @@ def test_weight_decay_can_be_for_weights_only(tmp_path, options, decay):
 def test_label_smoothing_changes_the_training_loss_alone(run, tmp_path):
     plain = run("--fc", "1")
     smooth = run("--fc", "1", "--label-smoothing", "0.4", "--overwrite")
-    config = parse_args("", [*TINY, "--fc", "1", "--out", str(tmp_path), "--overwrite"])
-    first = train.Run(config)
-    loader = train.data.batches(first.train_set, "shapes", 32, seed=0)
-    images, labels = next(iter(loader))
-    chances = first.model(images).log_softmax(1)
+    train_set, _ = data.load_both("shapes", limit=100)
+    images, labels = next(iter(data.batches(train_set, "shapes", 32, seed=0)))
+    chances = make_model(parse_args([*TINY, "--fc", "1"]), CPU)(images).log_softmax(1)
     true = -chances.gather(1, labels[:, None]).mean().item()
     expected = 0.6 * true - 0.4 * chances.mean().item()
     assert plain["batch_losses"][0] == pytest.approx(true, rel=1e-5)
@@ -191,13 +178,12 @@ def test_the_moving_average_is_validated_and_kept_and_training_stays_the_same(
     assert test["loss"] == pytest.approx(history["epochs"][-1]["val_loss"])
 
 
-def test_holdout_validates_on_training_images(tmp_path):
-    args = parse_args("", [*TINY, "--holdout", "500", "--out", str(tmp_path)])
-    run = train.Run(args)
-    assert (len(run.train_set), len(run.validation_set)) == (100, 500)
-    assert torch.equal(
-        run.validation_set.tensors[0], train.data.hold_out(train.data.load("shapes"), 500)[1][:][0]
-    )
+def test_holdout_validates_on_training_images(run):
+    _, validation_set = data.load_both("shapes", holdout=500, limit=100)
+    _, held = data.hold_out(data.load("shapes"), 500)
+    assert torch.equal(validation_set.tensors[0], held.tensors[0])
+    accuracy = run("--holdout", "500")["epochs"][-1]["val_accuracy"]
+    assert accuracy * 5 == pytest.approx(round(accuracy * 5))  # of 500 images
 
 
 def test_the_network_learns_shapes_far_better_than_a_linear_classifier(run):
@@ -246,7 +232,7 @@ def test_progress_is_one_line_on_a_terminal(monkeypatch):
     "seconds, text", [(4.2, "4.2s"), (59.7, "1m00s"), (200, "3m20s"), (7500, "2h05m")]
 )
 def test_durations_are_readable(seconds, text):
-    assert duration(seconds) == text
+    assert format_seconds(seconds) == text
 
 
 @pytest.mark.parametrize("batches", [2, 4, 6, 13])  # within, at the end of, after the first epoch
@@ -279,11 +265,11 @@ def test_an_interrupted_run_says_how_to_go_on(run, monkeypatch, capsys):
 
 
 def test_a_run_that_was_killed_before_anything_was_saved_begins_again(run, monkeypatch, tmp_path):
-    def die(self):
+    def die(self, *arguments):
         raise RuntimeError("killed")
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.Run, "train_epoch", die)
+        patch.setattr(Run, "after_batch", die)
         with pytest.raises(RuntimeError):
             run()
     assert read_history(tmp_path / "run.json")["finished"] is False
@@ -300,7 +286,7 @@ def test_resuming_a_finished_run_changes_nothing(run, tmp_path):
 
 
 def test_a_name_is_made_from_the_options():
-    name = parse_args("", "--arch 16 8 --fc 1 --augment crop flip --device cpu".split()).name
+    name = parse_args("--arch 16 8 --fc 1 --augment crop flip --device cpu".split()).name
     assert name == "cifar10-16-8-k3-augment-crop-flip-fc-1"
 
 

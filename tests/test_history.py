@@ -1,30 +1,24 @@
 from conftest import changed
 
-from table import markdown, rows_of
+from history import group, tabulate
 
 
 def test_runs_that_differ_in_their_seed_alone_make_one_row(history):
     runs = [history, changed(history, "row4-seed1", seed=1), changed(history, "wide", arch=[32])]
-    assert [[run["name"] for run in row] for row in rows_of(runs)] == [
+    assert [[run["name"] for run in row] for row in group(runs)] == [
         ["row4", "row4-seed1"],
         ["wide"],
     ]
 
 
-def test_options_that_older_histories_lack_are_at_what_they_then_meant(history):
-    newer = changed(history, "row4-seed1", seed=1, norm="none", ema=None)
-    other = changed(history, "row4-norm", norm="batch")
-    assert [len(row) for row in rows_of([history, newer, other])] == [2, 1]
-
-
 def cells(rows):
     """The cells of the table of rows, line by line, without the header's rule."""
-    lines = [line.strip("|").split("|") for line in markdown(rows).splitlines()]
+    lines = [line.strip("|").split("|") for line in tabulate(rows).splitlines()]
     return [[cell.strip() for cell in line] for line in lines[:1] + lines[2:]]
 
 
 def test_the_table_has_the_options_that_differ_and_the_difference_to_the_report(history):
-    rows = rows_of([history, changed(history, "relu", 50.0, gate="relu", epochs=9)])
+    rows = group([history, changed(history, "relu", 50.0, gate="relu", epochs=9)])
     header, row4, relu = cells(rows)
     assert ", ".join(header) == (
         "row, hyperparameters, parameters, reported, measured, difference, seconds"
@@ -37,7 +31,7 @@ def test_the_table_has_the_options_that_differ_and_the_difference_to_the_report(
 def test_the_table_gives_mean_and_spread_over_seeds(history):
     other = changed(history, "row4-seed1", 47.0, seed=1)
     other["epochs"][0]["seconds"] = 4.0
-    (row4,) = cells(rows_of([history, other]))[1:]
+    (row4,) = cells(group([history, other]))[1:]
     assert row4[4:] == ["46.00 % ± 1.41 (n = 2)", "-15.00", "7.0"]
 
 
@@ -45,24 +39,18 @@ def test_the_table_says_what_is_not_finished_and_prefers_test_figures(history):
     history["test"] = {"accuracy": 44.0}
     running = changed(history, "running", arch=[1]) | {"finished": False}
     del running["test"]
-    _, tested, unfinished = cells(rows_of([history, running]))
+    _, tested, unfinished = cells(group([history, running]))
     assert tested[4] == "44.00 %"
     assert unfinished[4] == "45.00 % (unfinished, epoch 3 of 3)"
 
 
 def test_unfinished_seeds_do_not_count_beside_finished_ones(history):
     running = changed(history, "row4-seed1", 10.0, seed=1) | {"finished": False}
-    (row4,) = cells(rows_of([history, running]))[1:]
+    (row4,) = cells(group([history, running]))[1:]
     assert row4[4] == "45.00 % (unfinished, epoch 3 of 3)"
 
 
-def test_the_table_names_test_time_augmentation(history):
-    history["test"] = {"accuracy": 62.0, "tta": {"accuracy": 63.0}}
-    (row4,) = cells(rows_of([history]))[1:]
-    assert row4[4:6] == ["62.00 % (with flip TTA 63.00 %)", "+1.00"]
-
-
 def test_the_table_is_aligned_for_the_terminal(history):
-    table = markdown(rows_of([history, changed(history, "a|long|name", arch=[32])]))
+    table = tabulate(group([history, changed(history, "a|long|name", arch=[32])]))
     assert len({len(line) for line in table.splitlines()}) == 1
     assert "a\\|long\\|name" in table

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import data
-import parallel
+import device
 from history import read_history
 from model import build_model
 
@@ -80,18 +80,25 @@ def test_a_stopped_run_goes_on_with_another_number_of_processes(running, run, tm
     close(resumed, run(*OPTIONS, *LONG))
 
 
-def test_shares_of_a_batch_are_disjoint_and_complete(monkeypatch):
+def test_shares_of_a_batch_are_disjoint_and_complete():
     dataset = TensorDataset(*data.draw_shapes(11, seed=0)[:])
     whole = list(data.batches(dataset, "shapes", 4, seed=0))
-    monkeypatch.setattr(parallel, "WORLD_SIZE", 3)
-    shares = []
     for rank in range(3):
-        monkeypatch.setattr(parallel, "RANK", rank)
-        shares.append(list(data.batches(dataset, "shapes", 4, seed=0)))
-    for (images, labels), *parts in zip(whole, *shares):
-        for rank, (part, part_labels) in enumerate(parts):
-            assert torch.equal(part, images[rank::3])
-            assert torch.equal(part_labels, labels[rank::3])
+        share = slice(rank, None, 3)
+        parts = data.batches(dataset, "shapes", 4, seed=0, share=share)
+        for (images, labels), (part, part_labels) in zip(whole, parts, strict=True):
+            assert torch.equal(part, images[share])
+            assert torch.equal(part_labels, labels[share])
+
+
+@pytest.mark.parametrize("script", ["evaluate.py", "plot.py"])
+def test_scripts_for_one_process_refuse_torchrun(script):
+    environment = os.environ | {"WORLD_SIZE": "2", "RANK": "1"}
+    result = subprocess.run(
+        [sys.executable, script, "run"], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 2
+    assert "start it without torchrun" in result.stderr
 
 
 @pytest.mark.parametrize("mix", ["outputs", "kernels"])
@@ -108,7 +115,7 @@ def test_batch_statistics_are_normalised_as_pytorch_does():
     torch.manual_seed(0)
     images = (50 + 9 * torch.randn(4, 3, 5, 5)).requires_grad_()
     results = []
-    for norm in (nn.BatchNorm2d(3), parallel.BatchNorm2d(3)):
+    for norm in (nn.BatchNorm2d(3), device.BatchNorm2d(3)):
         nn.init.constant_(norm.weight, 2)
         outputs = norm(images)
         gradients = torch.autograd.grad((outputs**3).sum(), [images, *norm.parameters()])

@@ -1,0 +1,168 @@
+"""The files of a run: its name claimed, its weights and state written, loaded safely, found again.
+
+model = load_model("runs/row4.pt")           # in evaluation mode, on the CPU
+logits = model(images)                       # (N, 3, 32, 32), normalised -> (N, 10)
+"""
+
+import contextlib
+import glob
+import hashlib
+import zipfile
+from pathlib import Path
+
+import torch
+
+from history import read_history, refuse_other_options, write_atomically
+from model import build_model
+
+try:
+    import fcntl
+except ImportError:  # Windows: there, two runs of one name are not kept apart
+    fcntl = None
+
+FORMAT = "gated multi-convolution checkpoint 2"
+OLD_FORMAT = "gated multi-convolution checkpoint 1"  # had no digest
+
+
+def write_checkpoint(path, config, model, **more):
+    """Save the weights of a model, its config and what else is given, for load_checkpoint.
+
+    OSError as the disk says; what was at `path` then stays.
+    """
+    checkpoint = {"format": FORMAT, "config": config, "weights": model.state_dict()} | more
+    checkpoint["digest"] = compute_digest(checkpoint)
+    try:
+        write_atomically(path, lambda file: torch.save(checkpoint, file))
+    except RuntimeError as error:  # so torch.save says that the file could not be written
+        reason = str(error.__context__ or error).partition("\n")[0]
+        raise OSError(f"{path}: {reason}") from error
+
+
+def load_checkpoint(path):
+    """What write_checkpoint saved at `path`: a dict with `config`, `weights` and the rest.
+
+    No code in the file is run, and its digest has to be that of what is loaded. OSError or
+    ValueError say what is wrong with it.
+    """
+    path = Path(path)
+    path.open("rb").close()  # missing or unreadable is told as that
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise ValueError("it is compressed")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if checkpoint["format"] not in (FORMAT, OLD_FORMAT):
+            raise ValueError(f"its format is {checkpoint['format']!r}")
+        tensors = [value for value in checkpoint["weights"].values()]
+        if sum(tensor.numel() * tensor.element_size() for tensor in tensors) > path.stat().st_size:
+            raise ValueError("its weights are larger than the file")
+        digest = checkpoint.pop("digest", None)
+        if digest != compute_digest(checkpoint) and checkpoint["format"] == FORMAT:
+            raise ValueError("it is damaged: its digest is that of other weights")
+    except Exception as error:  # a damaged file can make the readers raise nearly anything
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise ValueError(f"{path} is not a whole checkpoint of train.py ({reason})") from error
+    return checkpoint
+
+
+def compute_digest(value):
+    """The SHA-256 of nested dicts, lists and tensors, a hexadecimal string."""
+    sha = hashlib.sha256()
+
+    def add(value):
+        if isinstance(value, torch.Tensor):
+            sha.update(f"{value.dtype} {tuple(value.shape)}".encode())
+            value = value.detach().cpu().contiguous().flatten()
+            sha.update(value.view(torch.uint8).numpy())
+        elif isinstance(value, dict):
+            for key, entry in value.items():
+                add(key)
+                add(entry)
+        elif isinstance(value, (list, tuple)):
+            sha.update(f"{len(value)} entries".encode())
+            for entry in value:
+                add(entry)
+        else:
+            sha.update(repr(value).encode())
+
+    add(value)
+    return sha.hexdigest()
+
+
+def load_model(path):
+    """The trained network in a checkpoint, in evaluation mode on the CPU.
+
+    OSError or ValueError say what is wrong with the file.
+    """
+    return rebuild(load_checkpoint(path), path)
+
+
+def rebuild(checkpoint, path):
+    """The model of a loaded checkpoint, in evaluation mode; ValueError where the two do not fit."""
+    try:
+        config, weights = checkpoint["config"], checkpoint["weights"]
+        if 4 * len(config["arch"]) + 2 * config["fc"] > len(weights):  # before anything is built
+            raise ValueError("it has more layers than weights")
+        with torch.device("meta"):  # without memory, whatever the config says
+            model = build_model(config)
+        model.load_state_dict(weights, assign=True)
+    except Exception as error:  # a config can hold anything
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise ValueError(f"{path}: its weights do not fit its options ({reason})") from error
+    return model.requires_grad_(False).eval()
+
+
+@contextlib.contextmanager
+def claim(out, name):
+    """Keep other processes from training a run of this name in this folder at the same time.
+
+    ValueError if one does already. The claim ends with the process, however that ends; its file
+    .NAME.lock stays.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / f".{name}.lock", "w") as lock:
+        try:
+            if fcntl:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"another process is training {out / name}") from error
+        for suffix in (".pt", ".state.pt"):  # what a killed run was writing
+            for part in out.glob(f"{glob.escape(name + suffix)}.*.part"):
+                part.unlink()
+        yield
+
+
+def find(out, config):
+    """The history and the saved state that a run of this config goes on from.
+
+    Both are None for a new run. There is no state where the run is finished, or where nothing was
+    saved yet. ValueError if the name is taken, by a run with other options or by this one and
+    `resume` is not among them, or if files are missing.
+    """
+    history_path, weights, state = (
+        out / (config["name"] + suffix) for suffix in (".json", ".pt", ".state.pt")
+    )
+    if config["overwrite"] or not any(path.exists() for path in (history_path, weights, state)):
+        return None, None
+    if not config["resume"]:
+        raise ValueError(
+            f"{out / config['name']} exists: go on with it by --resume, replace it by --overwrite, "
+            "or give another --name"
+        )
+    history, missing = None, None
+    if history_path.exists():
+        history = read_history(history_path)
+        refuse_other_options(history["config"], config, history_path)
+    if history and history["finished"]:
+        if len(history["epochs"]) == config["epochs"] and weights.exists():
+            return history, None
+        missing = weights if len(history["epochs"]) == config["epochs"] else state
+    elif not history and not state.exists():
+        missing = history_path
+    if missing and not state.exists():
+        raise ValueError(f"{missing} is gone: --overwrite trains the run from its beginning")
+    if not state.exists():
+        return history, None
+    saved = load_checkpoint(state)
+    refuse_other_options(saved["config"], config, state)
+    return history, saved
