@@ -19,6 +19,7 @@ from torch import nn
 IMAGE_SIZE = 32  # pixels
 GRID = 8  # the classifier pools to (AdaptiveAvgPool2d) or by (AvgPool2d) 8x8
 
+MIXES = ("auto", "outputs", "kernels")
 GATES = {
     "softmax": nn.Softmax(dim=1),  # over the k coefficients of one image
     "relu": nn.ReLU(),
@@ -28,20 +29,10 @@ GATES = {
 
 # What build_model takes; train.py's options have these names and, as defaults, these values.
 DEFAULTS = {
-    "arch": [64, 128, 256, 512],
-    "k": 3,
-    "gate": "softmax",
-    "block_relu": True,
-    "norm": "none",
-    "downsample": False,
-    "residual": False,
-    "pool": "adaptive",
-    "fc": 3,
-    "hidden": 4096,
-    "dropout": 0.5,
-    "init": "he",
-    "mix": "auto",
-}
+    "arch": [64, 128, 256, 512], "k": 3, "gate": "softmax", "block_relu": True, "norm": "none",
+    "downsample": False, "residual": False, "pool": "adaptive", "fc": 3, "hidden": 4096,
+    "dropout": 0.5, "init": "he", "mix": "auto",
+}  # fmt: skip
 
 
 class Block(nn.Module):
@@ -59,6 +50,8 @@ class Block(nn.Module):
         norm="none", residual=False, size=IMAGE_SIZE,
     ):  # fmt: skip
         super().__init__()
+        if mix not in MIXES:
+            raise ValueError(f"mix is {mix!r}, none of {', '.join(MIXES)}")
         self.k, self.out_channels, self.mix, self.size = k, out_channels, mix, size
         # One convolution holds all k: initialisations depend on the fan-in, which stays the same.
         self.convs = nn.Conv2d(in_channels, k * out_channels, 3, padding=1)
@@ -75,7 +68,7 @@ class Block(nn.Module):
             return self.gate(self.gate_linear(pooled.to(self.gate_linear.weight.dtype)))
 
     def forward(self, images):
-        mix = {"outputs": self.mix_outputs, "kernels": self.mix_kernels}[self.mix_on(images.device)]
+        mix = self.mix_kernels if self.mix_on(images.device) == "kernels" else self.mix_outputs
         outputs = self.activation(self.norm(mix(images, self.coefficients(images))))
         return images + outputs if self.residual else outputs
 

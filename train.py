@@ -36,7 +36,16 @@ from device import (
     join,
 )
 from history import hyperparameters, make_parser, number
-from model import DEFAULTS, GATES, IMAGE_SIZE, build_model, costs, predict, tabulate_costs
+from model import (
+    DEFAULTS,
+    GATES,
+    IMAGE_SIZE,
+    MIXES,
+    build_model,
+    costs,
+    predict,
+    tabulate_costs,
+)
 from run import Run, Stop, say
 
 OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}
@@ -229,7 +238,7 @@ def parse_args(argv=None):
     add("--precision", choices=PRECISIONS, default="auto",
         help="of the forward pass; auto: bfloat16 on cuda and on CPUs with instructions for it, "
         "else float32")  # fmt: skip
-    add("--mix", choices=("auto", "outputs", "kernels"), default=DEFAULTS["mix"],
+    add("--mix", choices=MIXES, default=DEFAULTS["mix"],
         help="how a block forms its sum: weighted outputs, or kernels mixed first")  # fmt: skip
     add("--compile", action="store_true", help="torch.compile the network")
     add("--resume", action="store_true", help="go on with NAME where it stopped, if it was begun")
