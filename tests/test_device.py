@@ -37,3 +37,8 @@ def test_auto_is_float32_where_pytorch_or_onednn_may_not_use_them(limit):
         [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True
     )
     assert result.stdout == "float32\n", result.stderr
+
+
+def test_without_git_there_is_no_commit(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert device.environment(CPU, "float32")["commit"] is None

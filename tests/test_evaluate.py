@@ -14,7 +14,7 @@ import data
 import evaluate
 import train
 from checkpoint import load_checkpoint, load_model
-from history import read_history
+from history import read_history, write_history
 from model import build_model
 
 
@@ -49,6 +49,29 @@ def test_once_leaves_a_test_and_held_out_runs_alone(evaluated, run, tmp_path, ca
     evaluate.main([str(tmp_path / "run.pt"), "--once"])
     assert capsys.readouterr().out == ""
     assert "test" not in read_history(tmp_path / "run.json")
+
+
+def test_what_training_wrote_meanwhile_is_kept(run, tmp_path, monkeypatch):
+    history, measure = run(), evaluate.measure
+
+    def measure_while_training(*arguments):
+        write_history(tmp_path / "run.json", history | {"epochs": history["epochs"] * 2})
+        return measure(*arguments)
+
+    monkeypatch.setattr(evaluate, "measure", measure_while_training)
+    evaluate.main([str(tmp_path / "run.pt")])
+    assert len(read_history(tmp_path / "run.json")["epochs"]) == 4
+
+
+def test_metrics_are_printed_before_they_are_written(run, tmp_path, monkeypatch, capsys):
+    def fail(*arguments):
+        raise OSError("disk full")
+
+    run()
+    monkeypatch.setattr(evaluate, "write_history", fail)
+    with pytest.raises(SystemExit, match="disk full"):
+        evaluate.main([str(tmp_path / "run.pt")])
+    assert "Final Model Test Accuracy" in capsys.readouterr().out
 
 
 def test_every_class_is_printed_and_kept(evaluated):

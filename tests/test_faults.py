@@ -211,6 +211,114 @@ def test_options_that_do_not_change_the_result_may_differ_when_resuming(run, tmp
     assert without_times(resumed) == whole
 
 
+def die(*arguments):
+    raise RuntimeError("killed")
+
+
+def test_a_killed_overwrite_never_mixes_two_runs(run, tmp_path, monkeypatch):
+    run("--schedule", "none")
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module.Run, "_write_history", die)
+        with pytest.raises(RuntimeError):
+            run("--schedule", "none", "--seed", "7", "--overwrite")
+    assert left_in(tmp_path) == ["run.json"]
+    with pytest.raises(SystemExit, match="seed 0 .now 7."):
+        run("--schedule", "none", "--seed", "7", "--resume")
+
+
+def test_a_state_of_other_options_is_refused(run, tmp_path):
+    run("--schedule", "none")
+    (tmp_path / "run.json").unlink()
+    with pytest.raises(SystemExit, match="run.state.pt was made with other options, seed 0"):
+        run("--schedule", "none", "--seed", "7", "--resume")
+
+
+def test_a_state_without_its_history_is_gone_on_with(run, tmp_path, monkeypatch):
+    whole = without_times(run())
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        stop_after(patch, 11)
+        run("--overwrite")
+    (tmp_path / "run.json").unlink()
+    after_epoch, epochs = run_module.Run.after_epoch, []
+    monkeypatch.setattr(
+        run_module.Run, "after_epoch",
+        lambda self, *rest: epochs.append(self.epoch) or after_epoch(self, *rest),
+    )  # fmt: skip
+    assert without_times(run("--resume")) == whole
+    assert epochs == [1]  # the first is not repeated
+
+
+def test_a_kill_at_the_very_end_repeats_nothing(run, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+        patch.setattr(run_module.Run, "_remove", die)
+        run()
+    assert read_history(tmp_path / "run.json")["finished"]
+    with pytest.raises(SystemExit) as stopped:
+        run("--resume")
+    assert stopped.value.code == 0
+
+
+@pytest.mark.parametrize(
+    "gone, options", [(".pt", []), (".state.pt", ["--schedule", "none", "--epochs", "3"])]
+)
+def test_a_finished_run_that_lost_a_file_is_refused_and_kept(run, tmp_path, gone, options):
+    run(*options[:2])
+    (tmp_path / f"run{gone}").unlink()
+    before = (tmp_path / "run.json").read_bytes()
+    with pytest.raises(SystemExit, match=f"run{gone} is gone"):
+        run("--resume", *options)
+    assert (tmp_path / "run.json").read_bytes() == before
+
+
+def test_a_resumed_run_keeps_the_environment_of_its_last_start(run, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        stop_after(patch, 2)
+        run("--reported", "40")
+    monkeypatch.setattr(train, "environment", lambda *_: {"device": "another", "precision": "?"})
+    history = run("--resume", "--reported", "50", "--mix", "outputs")
+    assert history["reported"] == 50
+    assert history["environment"]["device"] == "another"
+    assert history["environment"]["mix"] == ["outputs", "outputs"]
+
+
+def test_a_killed_runs_half_written_files_go_with_the_next_start(run, tmp_path):
+    for name in ("run.pt.123.part", "run.state.pt.123.part", "run.other.pt.123.part"):
+        (tmp_path / name).touch()
+    run()
+    assert left_in(tmp_path) == ["run.json", "run.other.pt.123.part", "run.pt"]
+
+
+def draw_options(chance):
+    """Options of a run at random: whatever can be combined."""
+    pick = chance.choice
+    options = ["--gate", pick(["softmax", "relu", "sigmoid", "none"])]
+    options += ["--arch", *map(str, chance.choices([4, 8, 17], k=chance.randint(1, 4)))]
+    options += ["--k", pick("123"), "--fc", pick("123"), "--pool", pick(["avg", "adaptive"])]
+    options += ["--init", pick(["he", "default"]), "--mix", pick(["auto", "outputs", "kernels"])]
+    options += ["--batch-size", pick(["7", "32", "100"]), "--holdout", pick(["0", "500"])]
+    options += ["--schedule", pick(["cosine", "onecycle", "none"]), "--seed", pick("019")]
+    options += ["--precision", pick(["float32", "bfloat16"]), "--dropout", pick(["0", "0.5"])]
+    options += pick([[], ["--optimizer", "adam"],
+                     "--optimizer sgd --lr 0.05 --momentum 0.9 --nesterov".split()])  # fmt: skip
+    flags = "--norm batch,--downsample,--residual,--label-smoothing 0.1,--ema 0.9,--no-bias-decay"
+    for flag in f"{flags},--no-block-relu,--augment crop,--augment flip cutout".split(","):
+        options += flag.split() if chance.random() < 0.4 else []
+    return options
+
+
+@pytest.mark.parametrize("number", range(int(os.environ.get("COMBINATIONS", 6))))
+def test_any_combination_of_options_is_resumed_bit_for_bit(run, tmp_path, monkeypatch, number):
+    chance = random.Random(number)
+    options = draw_options(chance)
+    whole = without_times(run(*options))
+    expected = weights(tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        stop_after(patch, chance.randint(1, len(whole["batch_losses"])))
+        run(*options, "--overwrite")
+    assert without_times(run(*options, "--resume")) == whole
+    torch.testing.assert_close(weights(tmp_path), expected, rtol=0, atol=0)
+
+
 class Hostile:
     """An object whose pickle would create a file when it is loaded without care."""
 

@@ -54,3 +54,14 @@ def test_the_table_is_aligned_for_the_terminal(history):
     table = tabulate(group([history, changed(history, "a|long|name", arch=[32])]))
     assert len({len(line) for line in table.splitlines()}) == 1
     assert "a\\|long\\|name" in table
+
+
+def test_a_seed_counts_once(history):
+    again = changed(history, "row4-seed0", 99.0)
+    (row,) = group([history, again])
+    assert row == [history]
+
+
+def test_held_out_accuracies_are_not_compared_with_the_report(history):
+    (row4,) = cells(group([changed(history, "row4", holdout=5000)]))[1:]
+    assert row4[4:6] == ["45.00 % on held-out images", ""]
