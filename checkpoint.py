@@ -24,12 +24,12 @@ FORMAT = "gated multi-convolution checkpoint 2"
 OLD_FORMAT = "gated multi-convolution checkpoint 1"  # had no digest
 
 
-def write_checkpoint(path, config, model, **more):
-    """Save the weights of a model, its config and what else is given, for load_checkpoint.
+def write_checkpoint(path, config, weights, **more):
+    """Save a model's weights (its state_dict), its config and what else is given.
 
     OSError as the disk says; what was at `path` then stays.
     """
-    checkpoint = {"format": FORMAT, "config": config, "weights": model.state_dict()} | more
+    checkpoint = {"format": FORMAT, "config": config, "weights": weights} | more
     checkpoint["digest"] = compute_digest(checkpoint)
     try:
         write_atomically(path, lambda file: torch.save(checkpoint, file))

@@ -64,11 +64,11 @@ class Run:
         return len(self.history["epochs"])
 
     def start(self, parts, facts, images, device):
-        """Bring the parts, a dict of things with a state_dict, to where they were saved; begin.
+        """Bring the parts, things with a state_dict, to where they were saved; begin the files.
 
-        Among them is the "model"; a part may be None. `facts` go into the history: environment,
-        parameters, macs. `images` is how many an epoch has. ValueError if what was saved does not
-        fit the parts.
+        The part "weights" is the model; a part may be None. `facts` go into the history:
+        environment, parameters, macs. `images` is how many an epoch has. ValueError if what was
+        saved does not fit the parts.
         """
         batch = self.args.batch_size
         self.sizes = [min(batch, images - first) for first in range(0, images, batch)]
@@ -97,9 +97,8 @@ class Run:
     def _restore(self, head):
         saved = self.saved
         try:
-            self.parts["model"].load_state_dict(saved["weights"])
             for name, part in self.parts.items():
-                if part and name != "model":
+                if part:
                     part.load_state_dict(saved[name])
             self.history = json.loads(saved["history"]) | head | {"finished": False}
             self.step, self.lr = len(saved["metrics"]), saved["lr"]
@@ -174,7 +173,7 @@ class Run:
         """
         if RANK == 0:
             try:
-                write_checkpoint(self.path(".pt"), self.config, model)
+                write_checkpoint(self.path(".pt"), self.config, model.state_dict())
             except OSError as error:
                 raise Stop(f"no weights written ({error}); {self._say_how_to_go_on()}") from error
             if self.args.schedule == "none":
@@ -220,19 +219,15 @@ class Run:
         """
         if RANK > 0:
             return True
-        model = self.parts["model"]
-        if not all(weights.isfinite().all() for weights in model.state_dict().values()):
-            return False
         parts = {name: part and part.state_dict() for name, part in self.parts.items()}
-        del parts["model"]  # its weights are there as those of every checkpoint
-        progress = {
-            "history": json.dumps(self.history),
-            "metrics": self.metrics[: self.step].cpu(),
-            "seconds": time.monotonic() - self.began,
-            "lr": self.lr,
-        }
+        if not all(weights.isfinite().all() for weights in parts["weights"].values()):
+            return False
         try:
-            write_checkpoint(self.path(".state.pt"), self.config, model, **parts, **progress)
+            write_checkpoint(
+                self.path(".state.pt"), self.config, **parts, history=json.dumps(self.history),
+                metrics=self.metrics[: self.step].cpu(), lr=self.lr,
+                seconds=time.monotonic() - self.began,
+            )  # fmt: skip
         except OSError as error:
             print(f"train.py: warning: the state is not saved: {error}", file=sys.stderr)
             return False

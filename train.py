@@ -74,7 +74,7 @@ def train(args):
     network = distribute(model)
     if args.compile:
         network = torch.compile(network)
-    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "ema": ema}
+    parts = {"weights": model, "optimizer": optimizer, "scheduler": scheduler, "ema": ema}
     run.start(parts, describe_run(model, device, args), len(train_set), device)
     while run.epoch < args.epochs:
         model.train()
@@ -113,9 +113,7 @@ def make_model(args, device):
         model = build_model(vars(args)).to(device)
     except (RuntimeError, OverflowError, TypeError) as error:  # too large for memory, or numbers
         reason = str(error).partition("\n")[0]
-        raise ValueError(
-            f"no model with --arch {args.arch} --hidden {args.hidden} here: {reason}"
-        ) from error
+        raise ValueError(f"no model with --arch {args.arch} here: {reason}") from error
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")

@@ -199,8 +199,7 @@ def compressed(path):
 
 
 def flipped(path):
-    model = build_model(GOOD)
-    write_checkpoint(path, GOOD, model)
+    write_checkpoint(path, GOOD, build_model(GOOD).state_dict())
     saved = torch.load(path, weights_only=True)
     saved["weights"]["classifier.2.bias"][3] += 1
     torch.save(saved, path)
