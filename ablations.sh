@@ -62,13 +62,18 @@ wanted=${wanted:-$names}
 
 out=runs
 suffix=
+device=auto
+resume=--resume
 previous=
 for argument in "$@"; do
     case $previous in
     --out) out=$argument ;;
     --seed) suffix=-seed$argument ;;
+    --device) device=$argument ;;
     esac
     case $argument in
+    --overwrite) resume= ;;
+    --device=*) device=${argument#*=} ;;
     --out=*) out=${argument#*=} ;;
     --seed=*) suffix=-seed${argument#*=} ;;
     esac
@@ -94,8 +99,8 @@ failed=
 replay() { # replay NAME OPTION...: train, then test, unless images are held out for that
     local name=$1$suffix
     echo "== $name"
-    run train.py "${@:2}" ${extra[@]+"${extra[@]}"} --name "$name" --resume &&
-        LAUNCH= run evaluate.py "$out/$name.pt" --once || failed+=" $name"
+    run train.py "${@:2}" ${extra[@]+"${extra[@]}"} --name "$name" $resume &&
+        LAUNCH= run evaluate.py "$out/$name.pt" --once --device "$device" || failed+=" $name"
 }
 
 draw() { # draw OPTION... HISTORY...: those that exist

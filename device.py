@@ -26,9 +26,9 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 def choose_device(name="auto"):
-    """The torch.device of that name; "auto" is CUDA where there is one, else the CPU.
+    """The torch.device of that name, the process prepared to compute there fast.
 
-    ValueError if there is no such device.
+    "auto" is CUDA where there is one, else the CPU. ValueError if there is no such device.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -46,6 +46,9 @@ def choose_device(name="auto"):
         raise ValueError(
             f"--device {name} does not work here ({reason}); try --device cpu"
         ) from error
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
+        torch.set_float32_matmul_precision("high")
     return device
 
 

@@ -20,7 +20,7 @@ from checkpoint import find, write_checkpoint
 from device import RANK, WORLD_SIZE, add_up, agree, leave, wait
 from history import HEADER, format_epoch, format_seconds, write_history
 
-SAVE_SECONDS = 60  # from one saved state to the next: the most work that a killed run loses
+SAVE_SECONDS = 60  # from one saved state to the next, or 40 times what saving takes
 LOOK_EVERY = 16  # batches, where reading a loss makes the CPU wait for the device
 
 
@@ -229,6 +229,7 @@ class Run:
                 seconds=time.monotonic() - self.began,
             )  # fmt: skip
         except OSError as error:
+            self.progress.clear()
             print(f"train.py: warning: the state is not saved: {error}", file=sys.stderr)
             return False
         return True
@@ -241,6 +242,7 @@ class Run:
             self._stop_at(f"the loss is {loss} at epoch {self.epoch + 1}, batch {batch}")
 
     def _stop_at(self, place):
+        self.progress.clear()
         raise Stop(f"{place}, learning rate {self.lr:g}: try a lower --lr")
 
     def _say_how_to_go_on(self):

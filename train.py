@@ -7,8 +7,9 @@ python train.py --dataset shapes --arch 16 32 --hidden 256    # needs no data se
 python train.py --holdout 5000                                # leaves the test images unseen
 python train.py --limit 256 --epochs 1                        # try things out
 
-The weights go to runs/NAME.pt, the history to runs/NAME.json after every epoch. A run's metrics are
-those of its last epoch. On the CPU the same options give the same metrics.
+The weights go to runs/NAME.pt, the history to runs/NAME.json after every epoch. Until the run is
+finished, runs/NAME.state.pt is its state, saved about every minute: all that a killed run loses.
+A run's metrics are those of its last epoch. On the CPU the same options give the same metrics.
 """
 
 import contextlib
@@ -71,9 +72,7 @@ def train(args):
     optimizer = make_optimizer(model, args)
     scheduler = make_scheduler(optimizer, args, math.ceil(len(train_set) / args.batch_size))
     ema = make_ema(model, args)
-    network = distribute(model)
-    if args.compile:
-        network = torch.compile(network)
+    network = torch.compile(distribute(model)) if args.compile else distribute(model)
     parts = {"weights": model, "optimizer": optimizer, "scheduler": scheduler, "ema": ema}
     run.start(parts, describe_run(model, device, args), len(train_set), device)
     while run.epoch < args.epochs:
@@ -82,8 +81,7 @@ def train(args):
             train_set, args.dataset, args.batch_size, device, args.seed, run.epoch, run.step,
             args.augment, SHARE,
         ):  # fmt: skip
-            if (run.epoch or run.step) and (run.step == 0 or args.schedule == "onecycle"):
-                scheduler.step()  # the learning rate changes with every epoch, or with every batch
+            lr = scheduler.get_last_lr()[0]
             torch.manual_seed(data.stream(args.seed, run.epoch, run.step, RANK))  # of dropout
             with autocast(device, args.precision):
                 logits = network(images)
@@ -94,15 +92,20 @@ def train(args):
             optimizer.zero_grad()
             (loss * WORLD_SIZE).backward()  # the processes average their gradients
             optimizer.step()
+            if args.schedule == "onecycle":
+                scheduler.step()  # the learning rate changes with every batch
             if ema:
                 ema.update_parameters(model)
             correct = (logits.argmax(1) == labels).sum()
-            run.after_batch(loss, correct, scheduler.get_last_lr()[0])
+            run.after_batch(loss, correct, lr)  # saves the state, or stops, if it is time to
         batches = data.batches(
             validation_set, args.dataset, data.EVALUATION_BATCH, device, share=SHARE
         )
         precision = autocast(device, args.precision)
-        run.after_epoch(*predict(ema or network, run.interruptible(batches), precision))
+        logits, labels = predict(ema or network, run.interruptible(batches), precision)
+        if args.schedule != "onecycle":
+            scheduler.step()  # the learning rate changes with every epoch
+        run.after_epoch(logits, labels)
     run.finish(ema.module if ema else model)
 
 
@@ -114,11 +117,7 @@ def make_model(args, device):
     except (RuntimeError, OverflowError, TypeError) as error:  # too large for memory, or numbers
         reason = str(error).partition("\n")[0]
         raise ValueError(f"no model with --arch {args.arch} here: {reason}") from error
-    if device.type == "cuda":
-        torch.backends.cudnn.benchmark = True
-        torch.set_float32_matmul_precision("high")
-        model = model.to(memory_format=torch.channels_last)
-    return model
+    return model.to(memory_format=torch.channels_last) if device.type == "cuda" else model
 
 
 def make_optimizer(model, args):
@@ -278,7 +277,7 @@ def make_name(args, parser):
         if option not in ("dataset", "arch", "k") and value != parser.get_default(option):
             words = value if isinstance(value, list) else [value]
             parts.append("-".join([option.replace("_", "-"), *map(str, words)]))
-    return "-".join(map(str, parts))
+    return "-".join(map(str, parts)).replace("-seed-", "-seed")  # as ablations.sh names seeds
 
 
 def main(argv=None):

@@ -123,7 +123,7 @@ def test_every_row_has_the_reports_options(replay):
 def test_each_row_is_trained_then_evaluated_and_all_are_plotted_last(replay, tmp_path):
     _, calls = replay()
     assert [call[0] for call in calls] == ["train.py", "evaluate.py"] * 11 + ["plot.py"]
-    assert calls[1] == ["evaluate.py", str(tmp_path / "row1.pt"), "--once"]
+    assert calls[1] == ["evaluate.py", str(tmp_path / "row1.pt"), "--once", "--device", "auto"]
     assert calls[-1][1:] == [str(tmp_path / f"{name}.json") for name in ROWS]
 
 
