@@ -149,7 +149,7 @@ def test_seed_0_is_the_row_itself(replay):
 
 def test_a_signal_reaches_the_training(replay, tmp_path):
     launcher = tmp_path / "bin" / "launcher"
-    launcher.write_text('#!/bin/sh\ntrap "exit 143" TERM\nkill $PPID\nsleep 5 & wait\nexit 1\n')
+    launcher.write_text('#!/bin/sh\ntrap "exit 143" TERM\nkill $PPID\nsleep 1 & wait\nexit 1\n')
     launcher.chmod(0o755)
     result, calls = replay("row4", "row5", LAUNCH="launcher")
     assert result.returncode == 143

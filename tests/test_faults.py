@@ -23,7 +23,7 @@ from checkpoint import FORMAT, claim, compute_digest, load_checkpoint
 from history import read_history
 
 OPTIONS = (
-    "--dataset shapes --arch 4 6 --k 2 --hidden 8 --limit 200 --batch-size 8 --epochs 3 --name run "
+    "--dataset shapes --arch 4 6 --k 2 --hidden 8 --limit 120 --batch-size 8 --epochs 3 --name run "
     "--augment crop flip"
 ).split()
 
