@@ -53,11 +53,11 @@ def load_checkpoint(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if checkpoint["format"] not in (FORMAT, OLD_FORMAT):
             raise ValueError(f"its format is {checkpoint['format']!r}")
-        tensors = [value for value in checkpoint["weights"].values()]
+        tensors = checkpoint["weights"].values()
         if sum(tensor.numel() * tensor.element_size() for tensor in tensors) > path.stat().st_size:
             raise ValueError("its weights are larger than the file")
         digest = checkpoint.pop("digest", None)
-        if digest != compute_digest(checkpoint) and checkpoint["format"] == FORMAT:
+        if checkpoint["format"] == FORMAT and digest != compute_digest(checkpoint):
             raise ValueError("it is damaged: its digest is that of other weights")
     except Exception as error:  # a damaged file can make the readers raise nearly anything
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
