@@ -12,18 +12,17 @@ seconds are medians over the turns, ratios are taken turn by turn.
 
 import json
 import multiprocessing
-import statistics
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from statistics import median
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
-from torchvision import transforms
+from torch.utils.data import DataLoader
+from torchvision import datasets, transforms
 
 import data
 from device import autocast, choose_device, describe, precision_on
@@ -40,6 +39,9 @@ ROWS = {  # of ablations.sh: options of the network, batch size
         256,
     ),
 }  # fmt: skip
+
+WIDTHS = ((3, 64), (64, 128), (128, 256), (256, 512))  # of the final model's blocks
+PARTS = ("block", "mix", "rate", "step", "loader")
 
 
 class TextbookBlock(nn.Module):
@@ -60,21 +62,16 @@ class TextbookBlock(nn.Module):
         return images + outputs if self.residual else outputs
 
 
-class PerImage(Dataset):
-    """A data set as torchvision's are: one PIL image at a time, transformed."""
+class PerImage(datasets.CIFAR10):
+    """torchvision's data set with other images in it: one PIL image at a time, transformed."""
 
     def __init__(self, dataset, augment):
-        self.images = dataset.tensors[0].permute(0, 2, 3, 1).numpy()
-        self.labels = dataset.tensors[1].tolist()
         random = [transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip()]
         last = [transforms.ToTensor(), transforms.Normalize(*data.NORMALISATION["shapes"])]
         self.transform = transforms.Compose([*(random if augment else []), *last])
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, index):
-        return self.transform(Image.fromarray(self.images[index])), self.labels[index]
+        self.target_transform = None
+        self.data = dataset.tensors[0].permute(0, 2, 3, 1).numpy()
+        self.targets = dataset.tensors[1].tolist()
 
 
 def compare(what, ours, other, name, turns=3):
@@ -84,23 +81,17 @@ def compare(what, ours, other, name, turns=3):
     """
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, context) as left, ProcessPoolExecutor(1, context) as right:
-        for process, form in ((left, ours), (right, other)):
-            process.submit(prepare, *form).result()
-        both = [
-            [process.submit(time_step).result() for process in (left, right)]
-            for _ in range(turns + 1)
-        ][1:]
+        left.submit(prepare, *ours).result()
+        right.submit(prepare, *other).result()
+        both = [[process.submit(time_step).result() for process in (left, right)]
+                for _ in range(turns + 1)][1:]  # fmt: skip
+    seconds, other_seconds = map(median, zip(*both))
     ratios = [other / ours for ours, other in both]
-    seconds, other_seconds = map(statistics.median, zip(*both))
-    print(
-        f"{what:<46} {1000 * seconds:>9.1f} {1000 * other_seconds:>9.1f}"
-        f"  {statistics.median(ratios):>6.2f} ({min(ratios):.2f} to {max(ratios):.2f})  {name}",
-        flush=True,
-    )
-    return {
-        "what": what, "against": name, "seconds": seconds, "other_seconds": other_seconds,
-        "ratio": statistics.median(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios),
-    }  # fmt: skip
+    ratio, low, high = median(ratios), min(ratios), max(ratios)
+    print(f"{what:<46} {1000 * seconds:>9.1f} {1000 * other_seconds:>9.1f}"
+          f"  {ratio:>6.2f} ({low:.2f} to {high:.2f})  {name}", flush=True)  # fmt: skip
+    return {"what": what, "against": name, "seconds": seconds, "other_seconds": other_seconds,
+            "ratio": ratio, "ratio_min": low, "ratio_max": high}  # fmt: skip
 
 
 def prepare(build, *arguments):
@@ -146,36 +137,19 @@ def build_block(inputs, outputs, size, batch, device, precision, textbook=False,
     return step
 
 
-def build_convolutions(batch, device, precision):
-    """A function that runs the final model's mixed convolutions alone, forward and backward."""
-    choose_device(str(device))
-    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
-    work = []
-    for block in build_model({"fc": 1}).to(device).backbone:
-        inputs = block.convs.in_channels
-        images = torch.randn(batch, inputs, 32, 32, device=device, dtype=dtype)
-        coefficients = torch.rand(batch, block.k, device=device, requires_grad=True)
-        work.append((block, images.requires_grad_(inputs > 3), coefficients))
-
-    def step():
-        for block, images, coefficients in work:
-            block.zero_grad()
-            images.grad = coefficients.grad = None
-            with autocast(device, precision):
-                output = block.mix_kernels(images, coefficients)
-            output.backward(output.detach())
-
-    return step
+def build_backbone(batch, device, precision):
+    """A function that runs the blocks of the final model, each alone, forward and backward."""
+    steps = [build_block(*widths, 32, batch, device, precision) for widths in WIDTHS]
+    return lambda: [step() for step in steps]
 
 
 def build_products(batch, device, precision):
-    """A function that multiplies matrices, about as many operations as build_convolutions'."""
+    """A function that multiplies matrices: as many operations as build_backbone's convolutions."""
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     size = 8192 if device.type == "cuda" else 2048
     left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    macs = 0
-    for block in build_model({"fc": 1}).backbone:  # forward; backward of kernels, of images
-        macs += (3 if block.convs.in_channels > 3 else 2) * batch * block.macs("kernels")
+    # Forward, backward of the kernels and, but for the first block, backward of the images.
+    macs = sum((3 if i > 3 else 2) * batch * 32 * 32 * 9 * i * o for i, o in WIDTHS)
     return lambda: [left @ right for _ in range(max(1, round(macs / size**3)))]
 
 
@@ -230,7 +204,7 @@ def bench(only, device):
     precisions = ["float32"] if precision == "float32" else ["float32", precision]
     batch = 128 if device.type == "cuda" else 32
     if "block" in only:
-        for inputs, outputs in ((3, 64), (64, 128), (128, 256), (256, 512)):
+        for inputs, outputs in WIDTHS:
             block = (build_block, inputs, outputs, 32, batch, device)
             for other in precisions:
                 yield compare(f"block {inputs} to {outputs}, k = 3", (*block, precision),
@@ -243,9 +217,9 @@ def bench(only, device):
                 yield compare(what, (*block, "kernels"), (*block, "outputs"), "weighted outputs")
     if "rate" in only:
         where = (4 * batch, device, precision)
-        ours, products = (build_convolutions, *where), (build_products, *where)
-        what = "the final model's convolutions"
-        yield compare(what, ours, products, f"matrix products, {precision}", turns=5)
+        ours, products = (build_backbone, *where), (build_products, *where)
+        name = f"matrix products, {precision}"
+        yield compare("the final model's blocks", ours, products, name, turns=5)
     if "step" in only:
         for row, (_, images) in ROWS.items():
             ours = (build_training, row, device, precision)
@@ -260,9 +234,6 @@ def bench(only, device):
                 yield compare(f"loader, {what}", (build_loader, device, augment),
                               (build_loader, device, augment, workers),
                               f"torchvision's, {workers} workers")  # fmt: skip
-
-
-PARTS = ("block", "mix", "rate", "step", "loader")
 
 
 def parse_args(argv=None):

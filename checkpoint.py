@@ -8,6 +8,7 @@ import contextlib
 import glob
 import hashlib
 import zipfile
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -65,27 +66,22 @@ def load_checkpoint(path):
     return checkpoint
 
 
-def compute_digest(value):
+def compute_digest(value, sha=None):
     """The SHA-256 of nested dicts, lists and tensors, a hexadecimal string."""
-    sha = hashlib.sha256()
-
-    def add(value):
-        if isinstance(value, torch.Tensor):
-            sha.update(f"{value.dtype} {tuple(value.shape)}".encode())
-            value = value.detach().cpu().contiguous().flatten()
-            sha.update(value.view(torch.uint8).numpy())
-        elif isinstance(value, dict):
-            for key, entry in value.items():
-                add(key)
-                add(entry)
-        elif isinstance(value, (list, tuple)):
-            sha.update(f"{len(value)} entries".encode())
-            for entry in value:
-                add(entry)
-        else:
-            sha.update(repr(value).encode())
-
-    add(value)
+    sha = sha or hashlib.sha256()
+    if isinstance(value, torch.Tensor):
+        sha.update(f"{value.dtype} {tuple(value.shape)}".encode())
+        value = value.detach().cpu().contiguous().flatten()
+        sha.update(value.view(torch.uint8).numpy())
+    elif isinstance(value, dict):
+        for part in chain(*value.items()):
+            compute_digest(part, sha)
+    elif isinstance(value, (list, tuple)):
+        sha.update(f"{len(value)} entries".encode())
+        for part in value:
+            compute_digest(part, sha)
+    else:
+        sha.update(repr(value).encode())
     return sha.hexdigest()
 
 

@@ -201,9 +201,7 @@ def draw_shapes(count, seed):
     x = (axis.view(1, 1, 32) - uniform(-0.15, 0.15, 1, 1)) / size
     y = (axis.view(1, 32, 1) - uniform(-0.15, 0.15, 1, 1)) / size
     u, v = x * angle.cos() + y * angle.sin(), y * angle.cos() - x * angle.sin()
-    inside = torch.empty(count, 32, 32, dtype=torch.bool)
-    for label, name in enumerate(CLASSES["shapes"]):
-        inside[labels == label] = _shape(name, u[labels == label], v[labels == label])
+    inside = _fill_shapes(u, v)[labels, torch.arange(count)]
 
     start, end, colour = uniform(0, 1, 3, 3, 1, 1).unbind(1)  # background from start to end
     slope = 0.5 + 0.5 * u.unsqueeze(1).clamp(-1, 1)
@@ -215,27 +213,22 @@ def draw_shapes(count, seed):
     return TensorDataset((255 * images.clamp(0, 1)).round().to(torch.uint8), labels)
 
 
-def _shape(name, u, v):
-    """Which points (u, v), (N, 32, 32) each, lie inside the shape; it fills about [-1, 1]."""
+def _fill_shapes(u, v):
+    """Which points (u, v), (N, 32, 32) each, lie inside each class of shape: (10, N, 32, 32).
+
+    A shape fills about [-1, 1] in both.
+    """
     radius, square = torch.hypot(u, v), torch.maximum(u.abs(), v.abs())
-    match name:
-        case "circle":
-            return radius < 0.85
-        case "ring":
-            return (radius < 0.95) & (radius > 0.55)
-        case "square":
-            return square < 0.75
-        case "frame":
-            return (square < 0.85) & (square > 0.5)
-        case "triangle":
-            return (v < 0.5) & (0.866 * u - 0.5 * v < 0.5) & (-0.866 * u - 0.5 * v < 0.5)
-        case "cross":
-            return (torch.minimum(u.abs(), v.abs()) < 0.28) & (square < 0.95)
-        case "star":
-            return radius < 0.62 + 0.33 * torch.cos(5 * torch.atan2(v, u))
-        case "bar":
-            return (u.abs() < 1) & (v.abs() < 0.3)
-        case "crescent":
-            return (radius < 0.95) & (torch.hypot(u - 0.45, v) > 0.75)
-        case "hourglass":
-            return (u * v > 0) & (square < 0.85)
+    shapes = {
+        "circle": radius < 0.85,
+        "ring": (radius < 0.95) & (radius > 0.55),
+        "square": square < 0.75,
+        "frame": (square < 0.85) & (square > 0.5),
+        "triangle": (v < 0.5) & (0.866 * u - 0.5 * v < 0.5) & (-0.866 * u - 0.5 * v < 0.5),
+        "cross": (torch.minimum(u.abs(), v.abs()) < 0.28) & (square < 0.95),
+        "star": radius < 0.62 + 0.33 * torch.cos(5 * torch.atan2(v, u)),
+        "bar": (u.abs() < 1) & (v.abs() < 0.3),
+        "crescent": (radius < 0.95) & (torch.hypot(u - 0.45, v) > 0.75),
+        "hourglass": (u * v > 0) & (square < 0.85),
+    }
+    return torch.stack([shapes[name] for name in CLASSES["shapes"]])

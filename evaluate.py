@@ -7,8 +7,7 @@
 The model is rebuilt from the checkpoint alone. A test also writes runs/final-wrong.png, the most
 confidently misclassified images; plot.py draws the other metrics. Photos need no data set: they
 are cropped to a square and shrunk, and drawn with the predictions in runs/final-predictions.png.
-Test-time augmentation (--tta) is the mean over an image and its mirror image. Its metrics are
-printed and kept beside the plain ones and are named as such.
+Test-time augmentation is the mean over an image and its mirror image; it is named as such.
 """
 
 import contextlib
@@ -78,17 +77,18 @@ def open_checkpoint(args):
 def measure(model, loader, precision, classes, tta=False):
     """All test metrics that a history keeps of a model on a list of batches.
 
-    They are measure_predictions', gates and kernels; with `tta` also the accuracy and the loss that
-    test-time augmentation gives.
+    With `tta` also the accuracy and the loss that test-time augmentation gives.
     """
     with keep_coefficients(model) as kept:
         logits, labels = predict(model, loader, precision)
-    refuse_infinite(logits)
+    metrics = measure_predictions(logits, labels, classes)
     gates = [measure_gate(torch.cat(parts), labels, classes) for parts in kept]
-    metrics = measure_predictions(logits, labels, classes) | {
-        "gates": [{"block": name} | gate for name, gate in zip(model.backbone.blocks(), gates)],
-        "kernels": first_kernels(model),
-    }
+    metrics["gates"] = [
+        {"block": name} | gate for name, gate in zip(model.backbone.blocks(), gates)
+    ]
+    block = model.backbone[0]
+    kernels = block.convs.weight.unflatten(0, (block.k, block.out_channels))
+    metrics["kernels"] = kernels.double().round(decimals=4).tolist()
     if tta:
         logits = add_mirrored(logits, model, loader, precision)
         augmented = measure_predictions(logits, labels, classes)
@@ -102,11 +102,11 @@ def measure_predictions(logits, labels, classes):
     Accuracies, confidences and the calibration error are percentages; the confusion matrix counts,
     its rows are the true classes.
     """
+    percentages = compute_percentages(logits)
     pairs = labels * len(classes) + logits.argmax(1)
     confusion = pairs.bincount(minlength=len(classes) ** 2).view(len(classes), len(classes))
     correct = confusion.diagonal()
     per_class = 100 * correct / confusion.sum(1).clamp(min=1)
-    percentages = 100 * logits.softmax(1)
     return {
         "accuracy": 100 * correct.sum().item() / len(labels),
         "loss": F.cross_entropy(logits, labels).item(),
@@ -130,12 +130,10 @@ def measure_calibration(percentages, labels):
     bins, error = [], 0
     for place in range(BINS):
         inside = places == place
-        part = {"confidence": None, "accuracy": None, "count": inside.sum().item()}
-        if part["count"]:
-            part["confidence"] = confidence[inside].mean().item()
-            part["accuracy"] = correct[inside].mean().item()
-            error += part["count"] * abs(part["confidence"] - part["accuracy"])
-        bins.append(part)
+        count = inside.sum().item()
+        means = [v[inside].mean().item() if count else None for v in (confidence, correct)]
+        bins.append(dict(zip(("confidence", "accuracy"), means)) | {"count": count})
+        error += count and count * abs(means[0] - means[1])
     return {"bins": bins, "ece": error / len(labels)}
 
 
@@ -145,14 +143,10 @@ def find_most_wrong(percentages, labels, classes):
     wrong = (predicted != labels).nonzero().flatten()
     order = confidence[wrong].argsort(descending=True, stable=True)
     return [
-        {
-            "index": index,
-            "true": classes[labels[index]],
-            "predicted": classes[predicted[index]],
-            "confidence": confidence[index].item(),
-        }
+        {"index": index, "true": classes[labels[index]], "predicted": classes[predicted[index]],
+         "confidence": confidence[index].item()}
         for index in wrong[order[:WRONG]].tolist()
-    ]
+    ]  # fmt: skip
 
 
 def measure_gate(coefficients, labels, classes):
@@ -183,25 +177,17 @@ def keep_coefficients(model):
         hook.remove()
 
 
-def refuse_infinite(logits):
-    """ValueError if there are no probabilities of these logits."""
+def compute_percentages(logits):
+    """Probabilities (N, 10) in per cent; ValueError where logits (N, 10) have none."""
     if not logits.isfinite().all():
         raise ValueError("the network's outputs are NaN or infinite: train it with a lower --lr")
-
-
-def first_kernels(model):
-    """The first block's kernels, nested lists (k, out, 3, 3, 3), rounded to 4 digits."""
-    block = model.backbone[0]
-    kernels = block.convs.weight.detach().unflatten(0, (block.k, block.out_channels))
-    return kernels.double().round(decimals=4).tolist()
+    return 100 * logits.softmax(1)
 
 
 def add_mirrored(logits, model, loader, precision):
     """Test-time augmentation: the mean of logits (N, 10) and those of the mirrored images."""
-    mirrored = ((images.flip(3), targets) for images, targets in loader)
-    logits = (logits + predict(model, mirrored, precision)[0]) / 2
-    refuse_infinite(logits)
-    return logits
+    mirrored = ((images.flip(3), labels) for images, labels in loader)
+    return (logits + predict(model, mirrored, precision)[0]) / 2
 
 
 def classify(args):
@@ -220,10 +206,9 @@ def classify(args):
         images = normalise(torch.from_numpy(small).permute(2, 0, 1)[None].to(device), dataset)
         batch = [(images, torch.zeros(1))]
         logits, _ = predict(model, batch, precision)
-        refuse_infinite(logits)
         if args.tta:
             logits = add_mirrored(logits, model, batch, precision)
-        percentages = (100 * logits[0].softmax(0)).tolist()
+        percentages = compute_percentages(logits)[0].tolist()
         likeliest = sorted(zip(percentages, CLASSES[dataset]), reverse=True)[:3]
         print(f"{path}: " + ", ".join(f"{name} {value:.1f} %" for value, name in likeliest) + note)
         photo.thumbnail((PHOTO, PHOTO))

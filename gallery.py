@@ -80,28 +80,32 @@ def draw_confusion(axes, confusion, names):
     """Counts and row percentages of a confusion matrix, its rows the true classes."""
     counts = np.array(confusion)
     shares = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    axes.imshow(shares, cmap=SHADES, vmin=0, vmax=100, aspect="auto")
-    for (row, column), count in np.ndenumerate(counts):
-        share = shares[row, column]
-        text = f"{count:,}\n{share:.1f}%" if count else "0"
-        colour = "white" if share > 55 else "black" if count else "grey"
-        axes.text(column, row, text, color=colour, ha="center", va="center", fontsize=7)
-    axes.set_xticks(range(len(names)), names, rotation=30, ha="right", rotation_mode="anchor")
+    texts = [f"{count:,}\n{share:.1f}%" if count else "0"
+             for count, share in zip(counts.flat, shares.flat)]  # fmt: skip
+    draw_heat_map(axes, shares, texts, 0, 100, names)
     axes.set_yticks(range(len(names)), names)
     axes.set(xlabel="predicted", ylabel="true: count, share of the row")
+
+
+def draw_heat_map(axes, values, texts, low, high, columns):
+    """An array in shades from low to high, with the text of each cell, names below its columns."""
+    axes.imshow(values, cmap=SHADES, vmin=low, vmax=high, aspect="auto")
+    for ((row, column), value), text in zip(np.ndenumerate(values), texts):
+        colour = "white" if value - low > 0.57 * (high - low) else "black"
+        axes.text(column, row, text, color=colour, ha="center", va="center", fontsize=7)
+    axes.set_xticks(range(len(columns)), columns, rotation=30, ha="right", rotation_mode="anchor")
 
 
 def draw_calibration(axes, calibration):
     """A reliability diagram: how many of the images in each bin of confidence are right."""
     bins = calibration["bins"]
-    total = sum(part["count"] for part in bins)
     edges = np.linspace(0, 100, len(bins) + 1)
-    places = [(left, part) for left, part in zip(edges, bins) if part["count"]]
-    axes.bar([left for left, _ in places], [part["accuracy"] for _, part in places],
-             width=edges[1], align="edge", color=BLUE, edgecolor="white",
+    lefts, heights = zip(*((x, part["accuracy"]) for x, part in zip(edges, bins) if part["count"]))
+    axes.bar(lefts, heights, width=edges[1], align="edge", color=BLUE, edgecolor="white",
              label="right")  # fmt: skip
     axes.plot([0, 100], [0, 100], "--", color="black", linewidth=1, label="if calibrated")
-    shares = [100 * part["count"] / total for part in bins]
+    counts = np.array([part["count"] for part in bins])
+    shares = 100 * counts / counts.sum()
     axes.stairs(shares, edges, color=ORANGE, linewidth=1.5, label="share of all images")
     axes.set(xlim=(0, 100), ylim=(0, 100))
     axes.set_title(f"expected calibration error {calibration['ece']:.2f} %", fontsize=9)
@@ -126,33 +130,26 @@ def draw_gates(test, title):
     )
     axes = top.subplots(len(gates), 2, squeeze=False, sharey="row", width_ratios=[2, 1])
     for (means, spread), gate in zip(axes, gates):
-        draw_coefficients(means, spread, gate)
-        means.set_xticks([])
-    extremes = [value for gate in gates for values in gate["quantiles"] for value in values]
-    if min(extremes) >= 0 and max(extremes) <= 1:  # one scale serves all blocks
+        draw_coefficients(means, spread, gate, names if gate is gates[-1] else [])
+    quantiles = np.array([gate["quantiles"] for gate in gates])
+    if quantiles.min() >= 0 and quantiles.max() <= 1:  # one scale serves all blocks
         for spread in axes[:, 1]:
             spread.set(xlim=(0, 1), xticks=(0, 0.25, 0.5, 0.75, 1))
             spread.tick_params(labelbottom=spread is axes[-1, 1])
     axes[0, 0].set_title("mean coefficient of the test images of each class", fontsize=9)
     axes[0, 1].set_title("all: quartiles, extremes", fontsize=9)
-    axes[-1, 0].set_xticks(
-        range(len(names)), names, rotation=30, ha="right", rotation_mode="anchor"
-    )
     axes[-1, 1].set_xlabel("coefficient")
     draw_kernels(bottom, banks, gates[0]["block"])
     return figure
 
 
-def draw_coefficients(means, spread, gate):
+def draw_coefficients(means, spread, gate, names):
     """One block's gate: a heat map of its mean coefficients, a box for each over all images."""
     shown = np.array(gate["mean_per_class"]).T[:MOST_BANKS]  # (k, classes)
     low, high = min(0, shown.min()), shown.max()
     high = high if high > low else low + 1  # a gate that is always shut
-    means.imshow(shown, cmap=SHADES, vmin=low, vmax=high, aspect="auto")
-    for (place, column), value in np.ndenumerate(shown):
-        colour = "white" if value - low > 0.6 * (high - low) else "black"
-        text = f"{value:.2f}" if abs(value) < 10 else f"{value:.3g}"
-        means.text(column, place, text, color=colour, ha="center", va="center", fontsize=7)
+    texts = [f"{v:.2f}" if abs(v) < 10 else f"{v:.3g}" for v in shown.flat]
+    draw_heat_map(means, shown, texts, low, high, names)
     means.set_yticks(range(len(shown)), [f"a{number}" for number in range(1, len(shown) + 1)])
     means.set_ylabel(gate["block"])
     least, first, middle, third, most = np.array(gate["quantiles"][:MOST_BANKS]).T
@@ -169,9 +166,8 @@ def draw_kernels(figure, banks, block):
     """The k banks of 3x3 colour kernels of a block side by side, each scaled from 0 to 1."""
     title = f"the kernels of {block} in banks, each weighted by its coefficient, colours scaled"
     figure.suptitle(title, fontsize=9)
-    for number, (axes, bank) in enumerate(
-        zip(figure.subplots(1, len(banks), squeeze=False)[0], banks), 1
-    ):
+    panels = figure.subplots(1, len(banks), squeeze=False)[0]
+    for number, (axes, bank) in enumerate(zip(panels, banks), start=1):
         image = tile(np.array(bank))
         axes.imshow(image, interpolation="nearest")
         axes.set_xlim(-0.5 - 0.03 * len(image[0]), 1.03 * len(image[0]) - 0.5)  # a gap between
@@ -185,11 +181,10 @@ def tile(kernels):
     scaled = (kernels - low) / (high - low) if high > low else np.full(kernels.shape, 0.5)
     columns = math.ceil(math.sqrt(len(kernels)))
     rows = math.ceil(len(kernels) / columns)
-    image = np.ones((4 * rows - 1, 4 * columns - 1, 3))
-    for number, kernel in enumerate(scaled):
-        top, left = 4 * (number // columns), 4 * (number % columns)
-        image[top : top + 3, left : left + 3] = kernel.transpose(1, 2, 0)
-    return image
+    cells = np.ones((rows * columns, 4, 4, 3))
+    cells[: len(kernels), :3, :3] = scaled.transpose(0, 2, 3, 1)
+    grid = cells.reshape(rows, columns, 4, 4, 3).swapaxes(1, 2)
+    return grid.reshape(4 * rows, 4 * columns, 3)[:-1, :-1]
 
 
 def draw_wrong(images, wrong, title):
@@ -226,9 +221,8 @@ def draw_predictions(predictions, classes, title):
         best = sorted(probabilities)[-3:]
         colours = [BLUE if value in best else "lightgrey" for value in probabilities]
         labels = [f"{value:.1f} %" if value in best else "" for value in probabilities]
-        bars.bar_label(
-            bars.barh(classes, probabilities, color=colours), labels, padding=2, fontsize=7
-        )
+        drawn = bars.barh(classes, probabilities, color=colours)
+        bars.bar_label(drawn, labels, padding=2, fontsize=7)
         bars.invert_yaxis()
         bars.set_xlim(0, 120)
         bars.set_xticks(range(0, 101, 50))

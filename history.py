@@ -26,17 +26,14 @@ COLUMNS = ("row", "hyperparameters", "parameters", "reported", "measured", "diff
 def read_history(path):
     """The history in a file, as a dict. OSError or ValueError say what is wrong with the file."""
     try:
-        history = json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=_refuse)
+        text = Path(path).read_text(encoding="utf-8")
+        history = json.loads(text, parse_constant=int)  # which NaN and Infinity are not
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({error})") from error
     problem = _find_problem(history)
     if problem:
         raise ValueError(f"{path} is not a history that train.py wrote: {problem}")
     return history
-
-
-def _refuse(constant):
-    raise ValueError(f"{constant} is none of its values")
 
 
 def _find_problem(history):
@@ -149,10 +146,10 @@ def last_accuracies(row):
 
     A run without an epoch has none.
     """
-    runs = [run for run in choose_settled(row) if "test" in run or run["epochs"]]
     return [
         run["test"]["accuracy"] if "test" in run else run["epochs"][-1]["val_accuracy"]
-        for run in runs
+        for run in choose_settled(row)
+        if "test" in run or run["epochs"]
     ]
 
 
@@ -177,42 +174,32 @@ def tabulate(rows):
         lines.append([cell.replace("|", "\\|") for cell in cells])
     widths = [max(map(len, column)) for column in zip(*lines)]
     rule = ["-" * width for width in widths[:2]] + ["-" * (width - 1) + ":" for width in widths[2:]]
-    aligned = [
-        [
-            cell.ljust(w) if place < 2 else cell.rjust(w)
-            for place, (cell, w) in enumerate(zip(*both))
-        ]
-        for both in ((line, widths) for line in lines)
-    ]
-    aligned.insert(1, rule)
-    return "".join(f"| {' | '.join(line)} |\n" for line in aligned)
+    lines.insert(1, rule)
+    table = ""
+    for line in lines:
+        cells = [*map(str.ljust, line[:2], widths), *map(str.rjust, line[2:], widths[2:])]
+        table += f"| {' | '.join(cells)} |\n"
+    return table
 
 
 def _make_cells(row):
     """A row's cells in the table from "parameters" on."""
-    parameters, reported, values = (
-        row[0].get("parameters"),
-        row[0]["reported"],
-        last_accuracies(row),
-    )
-    mean = statistics.fmean(values) if values else None
-    result = "not yet" if mean is None else f"{mean:.2f} %"
+    reported, parameters = row[0]["reported"], row[0].get("parameters")
+    cells = [f"{parameters:,}" if isinstance(parameters, int) else "",
+             "" if reported is None else f"{reported:.2f} %"]  # fmt: skip
+    values = last_accuracies(row)
+    if not values:
+        return [*cells, "not yet" + note_unfinished(row), "", ""]
+    mean = statistics.fmean(values)
+    result = f"{mean:.2f} %"
     if len(values) > 1:
         result += f" ± {statistics.stdev(values):.2f} (n = {len(values)})"
     held_out = row[0]["config"].get("holdout") and "test" not in row[0]
-    if mean is not None and held_out:
-        result += " on held-out images"
-    known = mean is not None and reported is not None and not held_out
-    seconds = [
-        math.fsum(epoch["seconds"] for epoch in run["epochs"]) for run in choose_settled(row)
-    ]
-    return [
-        f"{parameters:,}" if isinstance(parameters, int) else "",
-        "" if reported is None else f"{reported:.2f} %",
-        result + note_unfinished(row),
-        f"{mean - reported:+.2f}" if known else "",
-        f"{statistics.fmean(seconds):,.1f}" if mean is not None else "",
-    ]
+    result += " on held-out images" if held_out else ""
+    difference = "" if reported is None or held_out else f"{mean - reported:+.2f}"
+    settled = choose_settled(row)
+    seconds = [math.fsum(epoch["seconds"] for epoch in run["epochs"]) for run in settled]
+    return [*cells, result + note_unfinished(row), difference, f"{statistics.fmean(seconds):,.1f}"]
 
 
 def _say(value):

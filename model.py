@@ -10,6 +10,7 @@ convolving once gives the same result from 1/k of the multiplications (as in Con
 2019, and dynamic convolution, Chen et al. 2020).
 """
 
+from collections import OrderedDict
 from itertools import pairwise
 
 import torch
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 IMAGE_SIZE = 32  # pixels
+CLASSES = 10
 GRID = 8  # the classifier pools to (AdaptiveAvgPool2d) or by (AvgPool2d) 8x8
 
 MIXES = ("auto", "outputs", "kernels")
@@ -134,13 +136,10 @@ class Classifier(nn.Sequential):
     8x8 grid; or "avg", AvgPool2d(8), a 4x4 grid of 32x32. Where size is below 8, it is the 8.
     """
 
-    def __init__(
-        self, in_channels, size=IMAGE_SIZE, pool="adaptive", fc=1, hidden=4096, dropout=0.0,
-        classes=10,
-    ):  # fmt: skip
+    def __init__(self, in_channels, size=IMAGE_SIZE, pool="adaptive", fc=1, hidden=4096, dropout=0):
         cells = min(GRID, size)
         grid = cells if pool == "adaptive" else size // cells
-        sizes = [in_channels * grid * grid, *[hidden] * (fc - 1), classes]
+        sizes = [in_channels * grid * grid, *[hidden] * (fc - 1), CLASSES]
         layers = []
         for inputs, outputs in pairwise(sizes[:-1]):
             layers += [nn.Linear(inputs, outputs), nn.ReLU(), nn.Dropout(dropout)]
@@ -166,9 +165,7 @@ def build_model(options):
     classifier = Classifier(
         arch[-1], backbone.size, given["pool"], given["fc"], given["hidden"], given["dropout"]
     )
-    model = nn.Sequential()
-    model.add_module("backbone", backbone)
-    model.add_module("classifier", classifier)
+    model = nn.Sequential(OrderedDict(backbone=backbone, classifier=classifier))
     if given["init"] == "he":
         model.apply(initialise_he)
     return model
@@ -197,32 +194,31 @@ def predict(model, batches, autocast):
 
 
 def costs(model):
-    """What each part of a network and the whole cost: (name, parameters, MACs, MACs if mixed) each.
+    """(name, parameters, MACs, MACs if mixed) of each part of a network and of the whole.
 
     MACs are multiply-accumulates per image (forward): of k convolutions, and of mixed kernels;
     normalisation and pooling are not counted.
     """
-    rows = []
-    for name, block in model.backbone.blocks().items():
-        rows.append((name, _parameters(block), block.macs("outputs"), block.macs("kernels")))
-    linear = [layer for layer in model.classifier if isinstance(layer, nn.Linear)]
-    macs = sum(layer.weight.numel() for layer in linear)
-    rows.append(("classifier", _parameters(model.classifier), macs, macs))
-    totals = (sum(column) for column in list(zip(*rows))[1:])
-    return [*rows, ("total", *totals)]
+
+    def count(module):
+        return sum(weights.numel() for weights in module.parameters())
+
+    rows = [
+        (name, count(block), block.macs("outputs"), block.macs("kernels"))
+        for name, block in model.backbone.blocks().items()
+    ]
+    macs = sum(layer.weight.numel() for layer in model.classifier if isinstance(layer, nn.Linear))
+    rows.append(("classifier", count(model.classifier), macs, macs))
+    return [*rows, ("total", *map(sum, list(zip(*rows))[1:]))]
 
 
 def tabulate_costs(rows, mixes):
     """What `costs` returns as a table for people, with the form that each block computes in."""
-    lines = ["              parameters   MACs/image, k convolutions   with mixed kernels   runs as"]
+    table = "              parameters   MACs/image, k convolutions   with mixed kernels   runs as"
     for (name, parameters, textbook, mixed), mix in zip(rows, [*mixes, "", ""]):
         line = f"{name:<10} {parameters:>13,} {textbook:>28,} {mixed:>20,}   {mix}"
-        lines.append(line.rstrip())
-    return "\n".join(lines)
-
-
-def _parameters(module):
-    return sum(parameter.numel() for parameter in module.parameters())
+        table += "\n" + line.rstrip()
+    return table
 
 
 class MixedConvolution(torch.autograd.Function):

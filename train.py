@@ -37,16 +37,7 @@ from device import (
     join,
 )
 from history import hyperparameters, make_parser, number
-from model import (
-    DEFAULTS,
-    GATES,
-    IMAGE_SIZE,
-    MIXES,
-    build_model,
-    costs,
-    predict,
-    tabulate_costs,
-)
+from model import DEFAULTS, GATES, IMAGE_SIZE, MIXES, build_model, costs, predict, tabulate_costs
 from run import Run, Stop, say
 
 OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}
@@ -128,9 +119,8 @@ def make_optimizer(model, args):
     """
     parameters = list(model.parameters())
     options = {"weight_decay": args.weight_decay, "momentum": args.momentum}
+    options |= {"nesterov": args.nesterov or None}
     options = {name: value for name, value in options.items() if value is not None}
-    if args.nesterov:
-        options["nesterov"] = True
     groups = [{"params": parameters}]
     if not args.bias_decay:
         groups = [

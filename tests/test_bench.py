@@ -88,5 +88,5 @@ def test_a_training_step_trains(monkeypatch, textbook):
 def test_every_form_can_be_built_and_run():
     cpu = torch.device("cpu")
     bench.build_block(4, 8, 8, 2, cpu, "bfloat16")()
-    bench.build_convolutions(1, cpu, "bfloat16")()
+    bench.build_backbone(1, cpu, "bfloat16")()
     bench.build_loader(cpu, True)()

@@ -167,7 +167,7 @@ def test_the_wrong_images_are_drawn(evaluated):
 
 def test_infinite_outputs_are_refused():
     with pytest.raises(ValueError, match="NaN or infinite"):
-        evaluate.refuse_infinite(torch.tensor([[1.0, float("nan")]]))
+        evaluate.compute_percentages(torch.tensor([[1.0, float("nan")]]))
 
 
 @pytest.fixture
