@@ -86,10 +86,7 @@ def compute_digest(value, sha=None):
 
 
 def load_model(path):
-    """The trained network in a checkpoint, in evaluation mode on the CPU.
-
-    OSError or ValueError say what is wrong with the file.
-    """
+    """The trained network in a checkpoint, in evaluation mode on the CPU."""
     return rebuild(load_checkpoint(path), path)
 
 
@@ -110,10 +107,9 @@ def rebuild(checkpoint, path):
 
 @contextlib.contextmanager
 def claim(out, name):
-    """Keep other processes from training a run of this name in this folder at the same time.
+    """Keep other processes from training a run of this name in this folder: ValueError if one does.
 
-    ValueError if one does already. The claim ends with the process, however that ends; its file
-    .NAME.lock stays.
+    The claim ends with the process, however that ends; its file .NAME.lock stays.
     """
     out.mkdir(parents=True, exist_ok=True)
     with open(out / f".{name}.lock", "w") as lock:
@@ -129,11 +125,10 @@ def claim(out, name):
 
 
 def find(out, config):
-    """The history and the saved state that a run of this config goes on from.
+    """The history and the saved state that a run of this config goes on from; None for either.
 
-    Both are None for a new run. There is no state where the run is finished, or where nothing was
-    saved yet. ValueError if the name is taken, by a run with other options or by this one and
-    `resume` is not among them, or if files are missing.
+    ValueError if the name is taken, by a run with other options or by this one and `resume` is not
+    among them, or if files are missing.
     """
     history_path, weights, state = (
         out / (config["name"] + suffix) for suffix in (".json", ".pt", ".state.pt")
@@ -145,20 +140,17 @@ def find(out, config):
             f"{out / config['name']} exists: go on with it by --resume, replace it by --overwrite, "
             "or give another --name"
         )
-    history, missing = None, None
-    if history_path.exists():
-        history = read_history(history_path)
+    history = read_history(history_path) if history_path.exists() else None
+    if history:
         refuse_other_options(history["config"], config, history_path)
-    if history and history["finished"]:
-        if len(history["epochs"]) == config["epochs"] and weights.exists():
-            return history, None
-        missing = weights if len(history["epochs"]) == config["epochs"] else state
-    elif not history and not state.exists():
-        missing = history_path
-    if missing and not state.exists():
-        raise ValueError(f"{missing} is gone: --overwrite trains the run from its beginning")
-    if not state.exists():
+    complete = history and history["finished"] and len(history["epochs"]) == config["epochs"]
+    if complete and weights.exists():
         return history, None
+    if not state.exists():
+        if history and not history["finished"]:  # interrupted before anything was saved
+            return history, None
+        missing = weights if complete else state if history else history_path
+        raise ValueError(f"{missing} is gone: --overwrite trains the run from its beginning")
     saved = load_checkpoint(state)
     refuse_other_options(saved["config"], config, state)
     return history, saved

@@ -63,11 +63,8 @@ def load_both(dataset, data_dir="data", holdout=0, limit=None, device="cpu"):
         validation_set = load(dataset, data_dir, train=False)
     if limit and limit > len(train_set):
         raise ValueError(f"--limit {limit}: there are {len(train_set)} training images")
-    train_set = TensorDataset(*train_set[:limit])
-    return tuple(
-        TensorDataset(*(tensor.to(device) for tensor in part.tensors))
-        for part in (train_set, validation_set)
-    )
+    both = TensorDataset(*train_set[:limit]), validation_set
+    return [TensorDataset(*(tensor.to(device) for tensor in part.tensors)) for part in both]
 
 
 def _read_cifar10(data_dir, train):
@@ -116,10 +113,8 @@ def stream(seed, *position):
     return random.Random(" ".join(map(str, (seed, *position)))).getrandbits(32)
 
 
-def batches(
-    dataset, name, batch_size, device="cpu", seed=None, epoch=0, start=0, augment=(),
-    share=slice(None),
-):  # fmt: skip
+def batches(dataset, name, batch_size, device="cpu", seed=None, epoch=0, start=0, augment=(),
+            share=slice(None)):  # fmt: skip
     """Yield (images, labels) of a TensorDataset on the device, from batch number `start` on.
 
     images is float32 (N, 3, 32, 32), normalised for the data set `name`; labels is int64 (N,). With
@@ -164,23 +159,22 @@ def augment_batch(images, augment, generator):
     "crop" pads by 4 black pixels and cuts H x W out at random; "flip" mirrors half of the images;
     "cutout" blackens an 8x8 square around a random pixel (DeVries and Taylor 2017).
     """
-    count, _, height, width = images.shape
+    (count, _, height, width), device = images.shape, images.device
     if "crop" in augment:
         padded = F.pad(images, (CROP_PADDING,) * 4)
         windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # (N, 3, 9, 9, H, W), a view
-        limit, device = 2 * CROP_PADDING + 1, images.device
-        top, left = torch.randint(limit, (2, count), device=device, generator=generator)
+        places = 2 * CROP_PADDING + 1
+        top, left = torch.randint(places, (2, count), device=device, generator=generator)
         images = windows[torch.arange(count, device=device), :, top, left]
     if "flip" in augment:
-        chance = torch.rand(count, 1, 1, 1, device=images.device, generator=generator)
+        chance = torch.rand(count, 1, 1, 1, device=device, generator=generator)
         images = torch.where(chance < 0.5, images.flip(3), images)
     if "cutout" in augment:
-        device, reach = images.device, CUTOUT / 2
         y = torch.randint(height, (count, 1, 1, 1), device=device, generator=generator)
         x = torch.randint(width, (count, 1, 1, 1), device=device, generator=generator)
         rows = torch.arange(height, device=device).view(-1, 1) + 0.5
         columns = torch.arange(width, device=device) + 0.5
-        inside = ((rows - y).abs() < reach) & ((columns - x).abs() < reach)
+        inside = ((rows - y).abs() < CUTOUT / 2) & ((columns - x).abs() < CUTOUT / 2)
         images = images.masked_fill(inside, 0)
     return images
 
@@ -214,12 +208,9 @@ def draw_shapes(count, seed):
 
 
 def _fill_shapes(u, v):
-    """Which points (u, v), (N, 32, 32) each, lie inside each class of shape: (10, N, 32, 32).
-
-    A shape fills about [-1, 1] in both.
-    """
+    """Which points u, v, (N, 32, 32) each, lie inside the shape of each class: (10, N, 32, 32)."""
     radius, square = torch.hypot(u, v), torch.maximum(u.abs(), v.abs())
-    shapes = {
+    inside = {
         "circle": radius < 0.85,
         "ring": (radius < 0.95) & (radius > 0.55),
         "square": square < 0.75,
@@ -231,4 +222,4 @@ def _fill_shapes(u, v):
         "crescent": (radius < 0.95) & (torch.hypot(u - 0.45, v) > 0.75),
         "hourglass": (u * v > 0) & (square < 0.85),
     }
-    return torch.stack([shapes[name] for name in CLASSES["shapes"]])
+    return torch.stack([inside[name] for name in CLASSES["shapes"]])

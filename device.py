@@ -35,17 +35,11 @@ def choose_device(name="auto"):
     if name == "cpu":
         keep_memory()
     try:
-        device = torch.device(name)
-        if device.type == "meta":
-            raise RuntimeError("it computes nothing")
-        if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", LOCAL_RANK)
-        torch.empty(0, device=device)
+        device = torch.device("cuda", LOCAL_RANK) if name == "cuda" else torch.device(name)
+        torch.zeros(1, device=device).item()  # "meta", too, is a device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(
-            f"--device {name} does not work here ({reason}); try --device cpu"
-        ) from error
+        reason = str(error).partition("\n")[0][:200]
+        raise ValueError(f"--device {name} does not work here ({reason}); try cpu") from error
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")
@@ -60,14 +54,11 @@ def describe(device):
 
 
 def precision_on(device, precision="auto"):
-    """What a precision of PRECISIONS means there.
-
-    "auto" is bfloat16 on CUDA and on a CPU with instructions for it, else float32.
-    """
-    if precision == "auto":
-        fast = device.type == "cuda" or (device.type == "cpu" and has_bfloat16())
-        return "bfloat16" if fast else "float32"
-    return precision
+    """What "auto" means there: bfloat16 on CUDA and on a CPU with instructions for it."""
+    if precision != "auto":
+        return precision
+    fast = device.type == "cuda" or (device.type == "cpu" and has_bfloat16())
+    return "bfloat16" if fast else "float32"
 
 
 def autocast(device, precision="auto"):
@@ -93,8 +84,7 @@ def keep_memory():
     """Let this process keep the memory that tensors free, in huge pages, for the next ones.
 
     By default glibc gives every tensor above 32 MiB back to Linux, which then clears it anew page
-    by page: 40 % of a training step of the report's final model on two cores. It costs at most a
-    fifth more memory. Without glibc nothing changes.
+    by page: 40 % of a training step of the report's final model on two cores.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # PyTorch reads it at its first tensor
     if platform.libc_ver()[0] == "glibc":

@@ -82,9 +82,9 @@ def measure(model, loader, precision, classes, tta=False):
     with keep_coefficients(model) as kept:
         logits, labels = predict(model, loader, precision)
     metrics = measure_predictions(logits, labels, classes)
-    gates = [measure_gate(torch.cat(parts), labels, classes) for parts in kept]
     metrics["gates"] = [
-        {"block": name} | gate for name, gate in zip(model.backbone.blocks(), gates)
+        {"block": name} | measure_gate(torch.cat(coefficients), labels, classes)
+        for name, coefficients in kept.items()
     ]
     block = model.backbone[0]
     kernels = block.convs.weight.unflatten(0, (block.k, block.out_channels))
@@ -162,16 +162,14 @@ def measure_gate(coefficients, labels, classes):
 
 @contextlib.contextmanager
 def keep_coefficients(model):
-    """Lists, one of each block, that the (N, k) coefficients of every batch are added to."""
-    kept, hooks = [], []
-    for block in model.backbone.blocks().values():
-        kept.append([])
+    """A list of each block, by name, that the (N, k) coefficients of every batch are added to."""
+    blocks = model.backbone.blocks()
+    kept = {name: [] for name in blocks}
 
-        # The gate itself is shared between blocks, its linear layer is not.
-        def keep(module, inputs, output, gate=block.gate, coefficients=kept[-1]):
-            coefficients.append(gate(output).float())
+    def keep(name):
+        return lambda gate, inputs, output: kept[name].append(output)
 
-        hooks.append(block.gate_linear.register_forward_hook(keep))
+    hooks = [block.gate.register_forward_hook(keep(name)) for name, block in blocks.items()]
     yield kept
     for hook in hooks:
         hook.remove()

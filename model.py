@@ -23,10 +23,10 @@ GRID = 8  # the classifier pools to (AdaptiveAvgPool2d) or by (AvgPool2d) 8x8
 
 MIXES = ("auto", "outputs", "kernels")
 GATES = {
-    "softmax": nn.Softmax(dim=1),  # over the k coefficients of one image
-    "relu": nn.ReLU(),
-    "sigmoid": nn.Sigmoid(),
-    "none": nn.Identity(),
+    "softmax": lambda: nn.Softmax(dim=1),  # over the k coefficients of one image
+    "relu": nn.ReLU,
+    "sigmoid": nn.Sigmoid,
+    "none": nn.Identity,
 }
 
 # What build_model takes; train.py's options have these names and, as defaults, these values.
@@ -47,10 +47,8 @@ class Block(nn.Module):
     `residual` adds the input to the output where the channels are as many (He et al. 2016).
     """
 
-    def __init__(
-        self, in_channels, out_channels, k, gate="softmax", relu=True, mix="auto",
-        norm="none", residual=False, size=IMAGE_SIZE,
-    ):  # fmt: skip
+    def __init__(self, in_channels, out_channels, k, gate="softmax", relu=True, mix="auto",
+                 norm="none", residual=False, size=IMAGE_SIZE):  # fmt: skip
         super().__init__()
         if mix not in MIXES:
             raise ValueError(f"mix is {mix!r}, none of {', '.join(MIXES)}")
@@ -58,7 +56,7 @@ class Block(nn.Module):
         # One convolution holds all k: initialisations depend on the fan-in, which stays the same.
         self.convs = nn.Conv2d(in_channels, k * out_channels, 3, padding=1)
         self.gate_linear = nn.Linear(in_channels, k)
-        self.gate = GATES[gate]
+        self.gate = GATES[gate]()
         self.norm = nn.BatchNorm2d(out_channels) if norm == "batch" else nn.Identity()
         self.activation = nn.ReLU() if relu else nn.Identity()
         self.residual = residual and in_channels == out_channels
@@ -100,8 +98,7 @@ class Block(nn.Module):
 
     def macs(self, mix):
         """Multiply-accumulates per image (forward) of the gated sum, by either of its forms."""
-        kernels = self.convs.weight.numel()
-        gate = self.gate_linear.weight.numel()
+        kernels, gate = self.convs.weight.numel(), self.gate_linear.weight.numel()
         if mix == "outputs":
             return self.size**2 * (kernels + self.k * self.out_channels) + gate
         return self.size**2 * kernels // self.k + kernels + gate
@@ -140,15 +137,15 @@ class Classifier(nn.Sequential):
         cells = min(GRID, size)
         grid = cells if pool == "adaptive" else size // cells
         sizes = [in_channels * grid * grid, *[hidden] * (fc - 1), CLASSES]
-        layers = []
+        layers = [nn.AdaptiveAvgPool2d(cells) if pool == "adaptive" else nn.AvgPool2d(cells)]
+        layers.append(nn.Flatten())
         for inputs, outputs in pairwise(sizes[:-1]):
             layers += [nn.Linear(inputs, outputs), nn.ReLU(), nn.Dropout(dropout)]
-        super().__init__(
-            nn.AdaptiveAvgPool2d(cells) if pool == "adaptive" else nn.AvgPool2d(cells),
-            nn.Flatten(),
-            *layers,
-            nn.Linear(sizes[-2], sizes[-1]),
-        )
+        super().__init__(*layers, nn.Linear(sizes[-2], CLASSES))
+
+    def macs(self, mix):
+        """Multiply-accumulates per image (forward): `mix` is for blocks."""
+        return sum(layer.weight.numel() for layer in self if isinstance(layer, nn.Linear))
 
 
 def build_model(options):
@@ -157,14 +154,10 @@ def build_model(options):
     Returns an nn.Sequential of `backbone` and `classifier`: (N, 3, 32, 32) -> logits (N, 10).
     """
     given = DEFAULTS | {name: options[name] for name in DEFAULTS.keys() & options.keys()}
-    arch = given["arch"]
-    backbone = Backbone(
-        arch, given["downsample"], k=given["k"], gate=given["gate"], relu=given["block_relu"],
-        mix=given["mix"], norm=given["norm"], residual=given["residual"],
-    )  # fmt: skip
-    classifier = Classifier(
-        arch[-1], backbone.size, given["pool"], given["fc"], given["hidden"], given["dropout"]
-    )
+    of_blocks = {name: given[name] for name in ("k", "gate", "norm", "residual", "mix")}
+    backbone = Backbone(given["arch"], given["downsample"], relu=given["block_relu"], **of_blocks)
+    of_classifier = {name: given[name] for name in ("pool", "fc", "hidden", "dropout")}
+    classifier = Classifier(given["arch"][-1], backbone.size, **of_classifier)
     model = nn.Sequential(OrderedDict(backbone=backbone, classifier=classifier))
     if given["init"] == "he":
         model.apply(initialise_he)
@@ -180,10 +173,7 @@ def initialise_he(module):
 
 @torch.inference_mode()
 def predict(model, batches, autocast):
-    """(logits, labels) of all batches (images, labels): float32 (N, 10) and int64 (N,).
-
-    The forward passes run in the context `autocast`.
-    """
+    """(logits, labels) of all batches: float32 (N, 10), int64 (N,). `autocast` is a context."""
     model.eval()
     logits, labels = [], []
     for images, targets in batches:
@@ -199,16 +189,10 @@ def costs(model):
     MACs are multiply-accumulates per image (forward): of k convolutions, and of mixed kernels;
     normalisation and pooling are not counted.
     """
-
-    def count(module):
-        return sum(weights.numel() for weights in module.parameters())
-
-    rows = [
-        (name, count(block), block.macs("outputs"), block.macs("kernels"))
-        for name, block in model.backbone.blocks().items()
-    ]
-    macs = sum(layer.weight.numel() for layer in model.classifier if isinstance(layer, nn.Linear))
-    rows.append(("classifier", count(model.classifier), macs, macs))
+    rows = []
+    for name, part in [*model.backbone.blocks().items(), ("classifier", model.classifier)]:
+        parameters = sum(weights.numel() for weights in part.parameters())
+        rows.append((name, parameters, part.macs("outputs"), part.macs("kernels")))
     return [*rows, ("total", *map(sum, list(zip(*rows))[1:]))]
 
 

@@ -23,17 +23,8 @@ from pathlib import Path
 
 import numpy as np
 
+import history
 from gallery import BLUE, COLOURS, ORANGE, draw_gates, draw_test, save, start_figure, style
-from history import (
-    group,
-    last_accuracies,
-    make_parser,
-    name_row,
-    note_unfinished,
-    read_history,
-    tabulate,
-    write_text,
-)
 
 DASHES = ("-", "--", "-.", ":")
 WATCH_SECONDS = 3  # between two looks at a run
@@ -44,30 +35,28 @@ def draw_all(args):
     runs, failed = {}, False
     for path in args.histories:
         try:
-            runs[path] = read_history(path)
+            runs[path] = history.read_history(path)
         except (OSError, ValueError) as error:
             failed = complain(error)
     if not runs:
         return failed
     paths = {id(run): path for path, run in runs.items()}
-    rows = group(runs.values())
+    rows = history.group(runs.values())
     title = args.title if len(rows) == 1 else None
-    targets = {}
-    for row in rows:
-        first = paths[id(row[0])]
-        path = choose_target(args, first, name_row(row, first.stem))
-        if path in targets:
-            raise ValueError(f"{path} would be the picture of two rows: draw them one by one")
-        targets[path] = row
-    for path, row in targets.items():
-        save(draw_run(row, title), path)
+    names = [history.name_row(row, paths[id(row[0])].stem) for row in rows]
+    targets = [choose_target(args, paths[id(row[0])], name) for row, name in zip(rows, names)]
+    for target in targets:
+        if targets.count(target) > 1:
+            raise ValueError(f"{target} would be the picture of two rows: draw them one by one")
+    for row, target in zip(rows, targets):
+        save(draw_run(row, title), target)
     for path, run in runs.items():
         failed |= draw_tested(args, path, run, title)
     first = next(iter(runs))
-    results = tabulate(rows)
+    results = history.tabulate(rows)
     if len(rows) > 1:
         save(draw_comparison(rows, args.title), choose_target(args, first, "comparison"))
-        write_text(choose_target(args, first, "results").with_suffix(".md"), results)
+        history.write_text(choose_target(args, first, "results").with_suffix(".md"), results)
     print(results, end="")
     return failed
 
@@ -93,10 +82,10 @@ def draw_tested(args, path, run, title):
 
 def draw_run(row, title=None):
     """A Figure of a row, one run or several seeds: loss and accuracy per epoch, loss per batch."""
-    batch_losses = [history["batch_losses"] for history in row if history["batch_losses"]]
+    batch_losses = [run["batch_losses"] for run in row if run["batch_losses"]]
     seeds = f", mean and range of {len(row)} seeds" if len(row) > 1 else ""
-    title = title or name_row(row) + seeds
-    figure = start_figure(title + note_unfinished(row), 5.4 if batch_losses else 3)
+    title = title or history.name_row(row) + seeds
+    figure = start_figure(title + history.note_unfinished(row), 5.4 if batch_losses else 3)
     batch_panel = [["batches", "batches"]] if batch_losses else []
     axes = figure.subplot_mosaic([["loss", "accuracy"], *batch_panel])
     draw_epochs(axes["loss"], row, "loss", "loss")
@@ -162,7 +151,7 @@ def draw_batches(axes, batch_losses):
 
 def draw_comparison(rows, title=None):
     """A Figure of all rows: reported beside measured accuracy, and accuracy over the epochs."""
-    names = [textwrap.fill(name_row(row), 32) for row in rows]
+    names = [textwrap.fill(history.name_row(row), 32) for row in rows]
     lines = sum(name.count("\n") + 1 for name in names)
     dots_height, curves_height = 1.2 + 0.2 * lines, max(3, 0.4 + 0.15 * lines)
     figure = start_figure(title or "", dots_height + curves_height)
@@ -170,7 +159,7 @@ def draw_comparison(rows, title=None):
     dots, curves = (part.subplots() for part in parts)  # each as wide as its names allow
     draw_dots(dots, rows, names)
     for name, row, (dash, colour) in zip(names, rows, zip(cycle(DASHES), cycle(COLOURS))):
-        series = [[epoch["val_accuracy"] for epoch in history["epochs"]] for history in row]
+        series = [[epoch["val_accuracy"] for epoch in run["epochs"]] for run in row]
         means, low, high = spread(series)
         epochs = np.arange(1, len(means) + 1)
         marker = "o" if len(means) == 1 else None
@@ -186,7 +175,7 @@ def draw_comparison(rows, title=None):
 def draw_dots(axes, rows, names):
     """Reported and measured accuracy of each row as dots; several seeds as ticks on a line."""
     for place, row in enumerate(rows):
-        values = last_accuracies(row)
+        values = history.last_accuracies(row)
         if len(values) > 1:
             axes.plot(sorted(values), [place] * len(values), "|-", color=BLUE, label="seeds")
         if row[0]["reported"] is not None:
@@ -225,15 +214,15 @@ def watch(args):
     while not run["finished"]:
         changed = path.stat().st_mtime_ns
         if changed != drawn:
-            run, drawn = read_history(path), changed
+            run, drawn = history.read_history(path), changed
             save(draw_run([run], args.title), choose_target(args, path, path.stem))
         else:
             time.sleep(WATCH_SECONDS)
 
 
-def choose_target(args, history, name):
+def choose_target(args, path, name):
     """The file that a picture of that name goes to, beside its history unless --out says else."""
-    return (args.out or history.parent) / f"{name}.{args.format}"
+    return (args.out or path.parent) / f"{name}.{args.format}"
 
 
 def complain(problem):
@@ -244,7 +233,7 @@ def complain(problem):
 
 def parse_args(argv=None):
     """The options, checked; usage errors exit with 2."""
-    parser = make_parser(__doc__)
+    parser = history.make_parser(__doc__)
     add = parser.add_argument
     add("histories", nargs="+", type=Path, help="runs/NAME.json")
     add("--out", type=Path, help="folder to write to; None: that of the histories")

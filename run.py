@@ -40,10 +40,7 @@ class Run:
     """
 
     def __init__(self, args):
-        """Find the run of these options, or that there is none yet.
-
-        ValueError as `find` says; Stop if there is nothing to do.
-        """
+        """Find the run of these options: ValueError as `find` says; Stop if nothing is to do."""
         self.args, self.config = args, vars(args) | {"out": str(args.out)}
         self.step, self.lr, self.signal, self.save_seconds = 0, None, 0, SAVE_SECONDS
         self.history, self.saved = find(args.out, self.config)
@@ -125,7 +122,11 @@ class Run:
         self.step, self.lr = self.step + 1, lr
         last = self.step == len(self.sizes)
         if self.device.type == "cpu" or last or self.step % LOOK_EVERY == 0:
-            self._check_losses()
+            losses = self.metrics[: self.step, 0]
+            wrong = (~losses.isfinite()).nonzero().flatten().tolist()
+            if wrong:
+                loss, batch = losses[wrong[0]].item(), wrong[0] + 1
+                self._stop_at(f"the loss is {loss} at epoch {self.epoch + 1}, batch {batch}")
             self.trained = time.monotonic()
             self.progress.show(self.epochs_done(), self.step, len(self.sizes))
             self._save_or_stop()
@@ -223,23 +224,15 @@ class Run:
         if not all(weights.isfinite().all() for weights in parts["weights"].values()):
             return False
         try:
-            write_checkpoint(
-                self.path(".state.pt"), self.config, **parts, history=json.dumps(self.history),
-                metrics=self.metrics[: self.step].cpu(), lr=self.lr,
-                seconds=time.monotonic() - self.began,
-            )  # fmt: skip
+            write_checkpoint(self.path(".state.pt"), self.config, **parts,
+                             history=json.dumps(self.history), lr=self.lr,
+                             metrics=self.metrics[: self.step].cpu(),
+                             seconds=time.monotonic() - self.began)  # fmt: skip
         except OSError as error:
             self.progress.clear()
             print(f"train.py: warning: the state is not saved: {error}", file=sys.stderr)
             return False
         return True
-
-    def _check_losses(self):
-        losses = self.metrics[: self.step, 0]
-        wrong = (~losses.isfinite()).nonzero().flatten().tolist()
-        if wrong:
-            loss, batch = losses[wrong[0]].item(), wrong[0] + 1
-            self._stop_at(f"the loss is {loss} at epoch {self.epoch + 1}, batch {batch}")
 
     def _stop_at(self, place):
         self.progress.clear()
@@ -278,13 +271,12 @@ class Progress:
     def show(self, done, step, steps):
         """Show how far the epoch is, how fast it goes and how long the whole run still takes."""
         now = time.monotonic()
-        if self.on_terminal and now - self.shown > 0.1:
+        if self.on_terminal and now - self.shown > 0.1 and done > self.start:
             self.shown = now
             speed = (done - self.start) / (now - self.began)  # epochs per second
-            left = format_seconds((self.end - done) / speed) if speed else "?"
-            rate = f"{self.images_per_epoch * speed:,.0f} images/s"
-            line = f"{int(done) + 1:>3}/{self.end}  batch {step}/{steps}  {rate}  {left} left"
-            print(f"\r{line:<78}", end="", file=sys.stderr, flush=True)
+            rate, left = self.images_per_epoch * speed, format_seconds((self.end - done) / speed)
+            line = f"{int(done) + 1:>3}/{self.end}  batch {step}/{steps}  {rate:,.0f} images/s"
+            print(f"\r{f'{line}  {left} left':<78}", end="", file=sys.stderr, flush=True)
 
     def clear(self):
         """Make room for a line that stays."""

@@ -114,8 +114,7 @@ def make_model(args, device):
 def make_optimizer(model, args):
     """PyTorch's optimiser, its step fused where that exists.
 
-    Without args.bias_decay, weight decay is for matrices and kernels alone, not for biases and the
-    scales of normalisation.
+    Without args.bias_decay, weights decay, but not biases and the scales of normalisation.
     """
     parameters = list(model.parameters())
     options = {"weight_decay": args.weight_decay, "momentum": args.momentum}
@@ -132,14 +131,13 @@ def make_optimizer(model, args):
 
 
 def make_scheduler(optimizer, args, steps):
-    """PyTorch's scheduler of a run of args.epochs epochs of so many steps.
+    """PyTorch's scheduler of args.epochs epochs, stepped with each; "onecycle" with each step.
 
-    "onecycle" is to be stepped with every batch: it warms up to args.lr over the first 30 % of the
-    run and comes down to nearly nothing (Smith and Topin 2017). The others are for every epoch.
+    That warms up to args.lr over the first 30 % of the run, then down to nearly nothing (Smith and
+    Topin 2017).
     """
     if args.schedule == "onecycle":
-        total = args.epochs * steps
-        return OneCycleLR(optimizer, args.lr, total_steps=total, cycle_momentum=False)
+        return OneCycleLR(optimizer, args.lr, args.epochs * steps, cycle_momentum=False)
     if args.schedule == "cosine":
         return CosineAnnealingLR(optimizer, args.epochs)
     return ConstantLR(optimizer, factor=1)

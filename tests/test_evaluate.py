@@ -109,7 +109,7 @@ def test_the_kept_coefficients_are_the_blocks_own():
         model(images)
     model(images)  # not kept any more
     inputs = [images, model.backbone[0](images)]
-    for block, (coefficients,), given in zip(model.backbone, kept, inputs):
+    for block, (coefficients,), given in zip(model.backbone, kept.values(), inputs):
         torch.testing.assert_close(coefficients, block.coefficients(given))
 
 
