@@ -19,7 +19,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
+from torch import nn
 from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, OneCycleLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -63,6 +63,8 @@ def train(args):
     optimizer = make_optimizer(model, args)
     scheduler = make_scheduler(optimizer, args, math.ceil(len(train_set) / args.batch_size))
     ema = make_ema(model, args)
+    precision = autocast(device, args.precision)
+    sum_losses = nn.CrossEntropyLoss(reduction="sum", label_smoothing=args.label_smoothing)
     network = torch.compile(distribute(model)) if args.compile else distribute(model)
     parts = {"weights": model, "optimizer": optimizer, "scheduler": scheduler, "ema": ema}
     run.start(parts, describe_run(model, device, args), len(train_set), device)
@@ -74,12 +76,9 @@ def train(args):
         ):  # fmt: skip
             lr = scheduler.get_last_lr()[0]
             torch.manual_seed(data.stream(args.seed, run.epoch, run.step, RANK))  # of dropout
-            with autocast(device, args.precision):
+            with precision:
                 logits = network(images)
-                loss = F.cross_entropy(
-                    logits, labels, reduction="sum", label_smoothing=args.label_smoothing
-                )
-                loss = loss / run.sizes[run.step]
+                loss = sum_losses(logits, labels) / run.sizes[run.step]
             optimizer.zero_grad()
             (loss * WORLD_SIZE).backward()  # the processes average their gradients
             optimizer.step()
@@ -92,7 +91,6 @@ def train(args):
         batches = data.batches(
             validation_set, args.dataset, data.EVALUATION_BATCH, device, share=SHARE
         )
-        precision = autocast(device, args.precision)
         logits, labels = predict(ema or network, run.interruptible(batches), precision)
         if args.schedule != "onecycle":
             scheduler.step()  # the learning rate changes with every epoch
