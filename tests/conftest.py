@@ -2,17 +2,25 @@
 
 import copy
 import functools
+import os
 import signal
+import subprocess
+from itertools import count
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torchvision
 
 import data
+import evaluate
 import train
+from checkpoint import load_checkpoint
 from history import read_history
 from run import Run
 
+ROOT = Path(__file__).parent.parent
+CIFAR10 = ROOT / "data"
 # The smallest run that goes through everything: 2 epochs of 4 batches, the last one smaller.
 TINY = (
     "--dataset shapes --arch 4 8 --k 2 --hidden 8 --limit 100 --batch-size 32 --epochs 2 "
@@ -24,108 +32,132 @@ RECIPE = (
     "--schedule onecycle --optimizer sgd --lr 0.1 --momentum 0.9 --nesterov --weight-decay 5e-4 "
     "--no-bias-decay --ema 0.9"
 ).split()
-HANDLERS = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-CIFAR10 = Path(__file__).parent.parent / "data"
+
+for slow in ("draw_shapes", "_read_cifar10"):  # once for all tests
+    setattr(data, slow, functools.cache(getattr(data, slow)))
 
 needs_cifar10 = pytest.mark.skipif(
     not (CIFAR10 / "cifar-10-batches-py").is_dir(), reason=f"there is no CIFAR-10 in {CIFAR10}"
 )
 
 
-@pytest.fixture(autouse=True, scope="session")
-def shapes_drawn_once():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "draw_shapes", functools.cache(data.draw_shapes))
-        yield
-
-
 @pytest.fixture(autouse=True)
-def no_download(monkeypatch):
-    def refuse(self):
-        raise OSError("no network in tests")
-
+def no_download_and_no_other_signal_handlers(monkeypatch):
+    refuse = Mock(side_effect=OSError("no network in tests"))
     monkeypatch.setattr(torchvision.datasets.CIFAR10, "download", refuse)
+    monkeypatch.setattr(signal, "signal", Mock())
 
 
-@pytest.fixture(autouse=True)
-def own_signals():
-    yield
-    for number, handler in HANDLERS.items():
-        signal.signal(number, handler)
+def execute(*command, **environment):
+    """Run a command in the folder of the scripts; its result, with what it printed."""
+    options = {"cwd": ROOT, "env": os.environ | environment, "timeout": 120}
+    return subprocess.run(command, capture_output=True, text=True, **options)
+
+
+def ended(function, *arguments):
+    """Call what ends the process; its exit code, or the line that it leaves with exit code 1."""
+    with pytest.raises(SystemExit) as stopped:
+        function(*arguments)
+    return stopped.value.code
+
+
+@pytest.fixture
+def refused(capsys):
+    """refused(function, argument, ..., code=1): its one line on stderr as it exits with that."""
+
+    def call(function, *arguments, code=1):
+        capsys.readouterr()
+        result, err = ended(function, *arguments), capsys.readouterr().err
+        if isinstance(result, str):  # what Python prints itself as it exits with 1
+            result, err = 1, err + result
+        (line,) = (line for line in err.splitlines() if not line.startswith((" ", "usage:")))
+        assert result == code
+        return line
+
+    return call
 
 
 @pytest.fixture
 def run(tmp_path):
-    """run(option, ...): a tiny run named "run" in tmp_path, changed by options; its history."""
+    """run("--k 3 --fc 1", ...): a tiny run in tmp_path, changed by options; its history."""
 
-    def run_tiny(*options):
-        arguments = [*TINY, "--out", str(tmp_path), "--name", "run", *options]
-        train.main(arguments)
-        return read_history(train.parse_args(arguments).out / "run.json")
+    def run_tiny(*options, out=tmp_path):
+        words = [word for option in options for word in option.split()]
+        train.main([*TINY, "--name", "run", "--out", str(out), *words])
+        return read_history(out / "run.json")
 
     return run_tiny
 
 
-def left_in(folder):
-    """The names of the files in a folder, but for the locks of runs."""
-    return sorted(path.name for path in folder.iterdir() if path.suffix != ".lock")
+@pytest.fixture
+def stop(run, monkeypatch):
+    """stop(batches, options, ...): `run`, a signal after so many batches, and its exit code."""
+
+    def run_and_stop(batches, *options, kind=signal.SIGTERM):
+        save_or_stop, numbers = Run._save_or_stop, count(1)
+
+        def signal_or_not(self):
+            if next(numbers) == batches:
+                self._on_signal(kind, None)
+            save_or_stop(self)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Run, "_save_or_stop", signal_or_not)
+            return ended(run, *options)
+
+    return run_and_stop
+
+
+def evaluate_in(folder, *options):
+    """Evaluate the run in a folder; the test figures in its history."""
+    evaluate.main([str(folder / "run.pt"), *options])
+    return read_history(folder / "run.json")["test"]
+
+
+def weights(folder):
+    """The weights of the run in a folder."""
+    return load_checkpoint(folder / "run.pt")["weights"]
+
+
+def files(folder):
+    """The content of every file below a folder, by name, but for the locks of runs."""
+    paths = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock"]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
 def without_times(history):
     """A history less what differs between two equal runs: names, places and times."""
-    epochs = [
-        {key: value for key, value in epoch.items() if "second" not in key}
-        for epoch in history["epochs"]
-    ]
+    epochs = [{key: e[key] for key in e if "second" not in key} for e in history["epochs"]]
     kept = ("parameters", "macs", "batch_losses", "finished")
     return {key: history[key] for key in kept} | {"epochs": epochs}
+
+
+def ending(folder):
+    """What the run in a folder ended with, but for times: its history and all its weights."""
+    values = {name: tensor.tolist() for name, tensor in weights(folder).items()}
+    return without_times(read_history(folder / "run.json")) | {"weights": values}
 
 
 @pytest.fixture
 def history():
     """A finished run of three epochs."""
-    epochs = [
-        {
-            "epoch": number,
-            "lr": 0.001,
-            "train_loss": 2 / number,
-            "train_accuracy": 20.0 * number,
-            "val_loss": 2.1 / number,
-            "val_accuracy": 15.0 * number,
-            "seconds": 2.0,
-            "images_per_second": 1000.0,
-        }
-        for number in (1, 2, 3)
-    ]
     return {
-        "name": "row4",
+        "name": "row4", "reported": 61.0, "parameters": 8360, "finished": True,
         "config": {"arch": [16, 8, 4], "k": 3, "fc": 1, "seed": 0, "epochs": 3, "gate": "softmax"},
-        "reported": 61.0,
-        "parameters": 8360,
-        "epochs": epochs,
+        "epochs": [
+            {"epoch": number, "lr": 0.001, "seconds": 2.0, "images_per_second": 1000.0,
+             "train_loss": 2 / number, "train_accuracy": 20.0 * number,
+             "val_loss": 2.1 / number, "val_accuracy": 15.0 * number}
+            for number in (1, 2, 3)
+        ],
         "batch_losses": [2.3, 2.0, 1.5, 1.2],
-        "finished": True,
-    }
+    }  # fmt: skip
 
 
 def changed(history, name, accuracy=None, **config):
     """A copy of a history under another name, with another last accuracy and other options."""
-    other = copy.deepcopy(history)
-    other["name"] = name
+    other = copy.deepcopy(history) | {"name": name}
     other["config"] |= config
     if accuracy is not None:
         other["epochs"][-1]["val_accuracy"] = accuracy
     return other
-
-
-def stop_after(monkeypatch, batches, signal_number=15):
-    """Let a signal come when so many batches, of training or validation, are done."""
-    save_or_stop, count = Run._save_or_stop, [0]
-
-    def counted(self):
-        count[0] += 1
-        if count[0] == batches:
-            self._on_signal(signal_number, None)
-        save_or_stop(self)
-
-    monkeypatch.setattr(Run, "_save_or_stop", counted)

@@ -1,23 +1,19 @@
 import json
 import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from conftest import ROOT, execute
 
 from train import parse_args
-
-ROOT = Path(__file__).parent.parent
-ROWS = "row1 row2 row3 row4 row5 row6 final sgd adam gate-relu best".split()
 
 # A stand-in for python: notes its arguments, and leaves what the real scripts would.
 STUB = """#!{python}
 import json, os, pathlib, sys
-with open(os.environ["CALLS"], "a") as calls:
-    calls.write(json.dumps([os.path.basename(sys.argv[1]), *sys.argv[2:]]) + "\\n")
 path, *options = sys.argv[1:]
 script = os.path.basename(path)
+with open(os.environ["CALLS"], "a") as calls:
+    calls.write(json.dumps([script, *options]) + "\\n")
 if script == "train.py":
     name = options[options.index("--name") + 1]
     if name in os.environ.get("FAIL", "").split():
@@ -29,26 +25,24 @@ if script == "train.py":
 """
 
 
+def write_program(path, text):
+    path.write_text(text)
+    path.chmod(0o755)
+
+
 @pytest.fixture
 def replay(tmp_path):
     """replay(argument, ...): run ablations.sh with a stand-in for python; (result, its calls)."""
-    stub = tmp_path / "bin" / "python"
-    stub.parent.mkdir()
-    stub.write_text(STUB.format(python=sys.executable))
-    stub.chmod(0o755)
-    calls = tmp_path / "calls"
+    programs, calls = tmp_path / "bin", tmp_path / "calls"
+    programs.mkdir()
+    write_program(programs / "python", STUB.format(python=sys.executable))
+    environment = {"PATH": f"{programs}:{os.environ['PATH']}", "CALLS": str(calls)}
 
-    def run(*arguments, out=tmp_path, **environment):
+    def run(*arguments, **more):
         calls.write_text("")
-        path = f"{stub.parent}:{os.environ['PATH']}"
-        environment |= {"PATH": path, "CALLS": str(calls)}
-        separator = [] if "--" in arguments else ["--"]
-        result = subprocess.run(
-            ["bash", str(ROOT / "ablations.sh"), *arguments, *separator, "--out", str(out)],
-            capture_output=True,
-            text=True,
-            env=os.environ | environment,
-        )
+        dashes = [] if "--" in arguments else ["--"]
+        command = ["bash", ROOT / "ablations.sh", *arguments, *dashes, "--out", tmp_path]
+        result = execute(*command, **environment, **more)
         return result, [json.loads(line) for line in calls.read_text().splitlines()]
 
     return run
@@ -71,26 +65,19 @@ EARLY = {"init": "default", "schedule": "none", "epochs": 30}
 NETWORK = {"arch": [64, 64, 128, 128, 256, 256, 512, 512], "fc": 1, "pool": "avg",
            "batch_size": 256, "epochs": 30}  # fmt: skip
 PARTS = {
-    "norm": {"norm": "batch"},
-    "downsample": {"downsample": True},
-    "residual": {"residual": True},
-    "crop-flip": {"augment": ["crop", "flip"]},
-    "cutout": {"augment": ["cutout"]},
-    "smoothing": {"label_smoothing": 0.1},
-    "onecycle": {"schedule": "onecycle"},
+    "norm": {"norm": "batch"}, "downsample": {"downsample": True}, "residual": {"residual": True},
+    "crop-flip": {"augment": ["crop", "flip"]}, "cutout": {"augment": ["cutout"]},
+    "smoothing": {"label_smoothing": 0.1}, "onecycle": {"schedule": "onecycle"},
     "sgd": {"optimizer": "sgd", "lr": 0.4, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4},
-    "decay": {"bias_decay": False},
-    "ema": {"ema": 0.99},
-}
+    "decay": {"bias_decay": False}, "ema": {"ema": 0.99},
+}  # fmt: skip
 
 
 def recipe(*names):
     """The options of these parts together."""
-    options = {}
-    for name in names:
-        augment = options.get("augment", []) + PARTS[name].get("augment", [])
-        options |= PARTS[name] | ({"augment": augment} if augment else {})
-    return options
+    options = {key: value for name in names for key, value in PARTS[name].items()}
+    augment = [word for name in names for word in PARTS[name].get("augment", [])]
+    return options | ({"augment": augment} if augment else {})
 
 
 RECIPE = recipe(*PARTS)
@@ -101,10 +88,8 @@ REPORT = {
     "row3": EARLY | {"reported": 82.01},
     "row4": EARLY | {"arch": [16, 8, 4], "fc": 1, "reported": 61.0},
     "row5": EARLY | {"dropout": 0.0, "epochs": 15, "reported": 79.34},
-    "row6": {"reported": 82.97},
-    "final": {"reported": 82.84},
-    "sgd": {"optimizer": "sgd", "reported": 10.0},
-    "adam": {"optimizer": "adam", "reported": None},
+    "row6": {"reported": 82.97}, "final": {"reported": 82.84},
+    "sgd": {"optimizer": "sgd", "reported": 10.0}, "adam": {"optimizer": "adam", "reported": None},
     "gate-relu": {"gate": "relu", "reported": None},
     "best": NETWORK | RECIPE | {"reported": None},
 }  # fmt: skip
@@ -114,7 +99,7 @@ def test_every_row_has_the_reports_options(replay):
     result, calls = replay()
     assert result.returncode == 0, result.stderr
     runs = trained(calls)
-    assert list(runs) == ROWS == list(REPORT)
+    assert list(runs) == list(REPORT)
     for name, args in runs.items():
         expected = FINAL | REPORT[name]
         assert {key: getattr(args, key) for key in expected} == expected, name
@@ -124,7 +109,7 @@ def test_each_row_is_trained_then_evaluated_and_all_are_plotted_last(replay, tmp
     _, calls = replay()
     assert [call[0] for call in calls] == ["train.py", "evaluate.py"] * 11 + ["plot.py"]
     assert calls[1] == ["evaluate.py", str(tmp_path / "row1.pt"), "--once", "--device", "auto"]
-    assert calls[-1][1:] == [str(tmp_path / f"{name}.json") for name in ROWS]
+    assert calls[-1][1:] == [str(tmp_path / f"{name}.json") for name in REPORT]
 
 
 def test_named_rows_run_alone_with_the_options_after_the_dashes(replay, tmp_path):
@@ -148,9 +133,8 @@ def test_seed_0_is_the_row_itself(replay):
 
 
 def test_a_signal_reaches_the_training(replay, tmp_path):
-    launcher = tmp_path / "bin" / "launcher"
-    launcher.write_text('#!/bin/sh\ntrap "exit 143" TERM\nkill $PPID\nsleep 1 & wait\nexit 1\n')
-    launcher.chmod(0o755)
+    kill = '#!/bin/sh\ntrap "exit 143" TERM\nkill $PPID\nsleep 1 >&- 2>&- & wait\nexit 1\n'
+    write_program(tmp_path / "bin" / "launcher", kill)
     result, calls = replay("row4", "row5", LAUNCH="launcher")
     assert result.returncode == 143
     assert calls == []
@@ -168,9 +152,8 @@ def test_each_part_of_the_recipe_is_tried_alone_and_left_out(replay, tmp_path):
     assert result.returncode == 0, result.stderr
     expected = {"parts-none": {}, "parts-all": RECIPE}
     for name in PARTS:
-        others = [other for other in PARTS if other != name]
         expected[f"parts-only-{name}"] = PARTS[name]
-        expected[f"parts-without-{name}"] = recipe(*others)
+        expected[f"parts-without-{name}"] = recipe(*(other for other in PARTS if other != name))
     runs = trained(calls)
     assert list(runs) == [f"{name}-seed1" for name in expected]
     for args, options in zip(runs.values(), expected.values()):
@@ -202,21 +185,17 @@ def test_an_unknown_row_is_refused_before_anything_runs(replay):
 
 
 def test_another_launcher_trains(replay, tmp_path):
-    launcher = tmp_path / "bin" / "launcher"
-    launcher.write_text('#!/bin/sh\necho launched "$1" >&2\nshift\nexec python "$@"\n')
-    launcher.chmod(0o755)
+    launch = '#!/bin/sh\necho launched "$1" >&2\nshift\nexec python "$@"\n'
+    write_program(tmp_path / "bin" / "launcher", launch)
     result, _ = replay("row4", LAUNCH="launcher --all")
     assert result.returncode == 0
     assert "launched --all" in result.stderr
 
 
 def test_a_row_goes_from_training_to_the_table_for_real(tmp_path):
-    options = "--dataset shapes --limit 256 --epochs 1".split()
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    result = subprocess.run(
-        ["bash", "ablations.sh", "row4", "--", *options, "--out", str(tmp_path)],
-        cwd=ROOT, capture_output=True, text=True, env=os.environ | {"PATH": path},
-    )  # fmt: skip
+    options = "--dataset shapes --limit 256 --epochs 1 --out".split()
+    path = f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
+    result = execute("bash", "ablations.sh", "row4", "--", *options, tmp_path, PATH=path)
     assert result.returncode == 0, result.stderr
     history = json.loads((tmp_path / "row4.json").read_text())
     assert f"Final Model Test Accuracy: {history['test']['accuracy']:.2f}%" in result.stdout

@@ -1,5 +1,6 @@
+import contextlib
 import json
-from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -24,30 +25,21 @@ def test_the_textbook_block_computes_what_ours_does():
 def test_the_textbook_loader_yields_what_ours_does():
     dataset = data.load("shapes", train=False)
     textbook = DataLoader(bench.PerImage(dataset, augment=False), 128)
-    for (images, labels), (expected, expected_labels) in zip(
-        data.batches(dataset, "shapes", 128), textbook
-    ):
-        torch.testing.assert_close(images, expected, atol=1e-5, rtol=1e-5)
-        assert torch.equal(labels, expected_labels)
+    for batch, expected in zip(data.batches(dataset, "shapes", 128), textbook, strict=True):
+        torch.testing.assert_close(batch, tuple(expected), atol=1e-5, rtol=1e-5)
 
 
-class Inline:
+class Inline(contextlib.ExitStack):
     """A stand-in for a process of its own."""
 
     def __init__(self, *arguments):
-        self.step = None
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        pass
+        super().__init__()
 
     def submit(self, function, *arguments):
-        if function is bench.prepare:
-            self.step = arguments[0](*arguments[1:])
-            return SimpleNamespace(result=lambda: None)
-        return SimpleNamespace(result=self.step)
+        if function is not bench.prepare:
+            return Mock(result=self.step)
+        self.step = arguments[0](*arguments[1:])
+        return Mock()
 
 
 def test_two_forms_are_timed_in_turn_after_a_turn_to_warm_up(monkeypatch, capsys):
@@ -59,10 +51,8 @@ def test_two_forms_are_timed_in_turn_after_a_turn_to_warm_up(monkeypatch, capsys
 
     row = bench.compare("x", (build, "ours", ours), (build, "textbook", textbook), "textbook", 3)
     assert calls == ["ours", "textbook"] * 4
-    assert row == {
-        "what": "x", "against": "textbook", "seconds": 2, "other_seconds": 6,
-        "ratio": 3, "ratio_min": 2, "ratio_max": 8,
-    }  # fmt: skip
+    figures = {"seconds": 2, "other_seconds": 6, "ratio": 3, "ratio_min": 2, "ratio_max": 8}
+    assert row == {"what": "x", "against": "textbook"} | figures
     assert "3.00 (2.00 to 8.00)" in capsys.readouterr().out
 
 
@@ -71,9 +61,8 @@ def test_the_results_are_written_as_json(monkeypatch, tmp_path):
     bench.main(["--device", "cpu", "--json", str(tmp_path / "new" / "cpu.json")])
     report = json.loads((tmp_path / "new" / "cpu.json").read_text())
     assert report["threads"] == torch.get_num_threads()
-    assert {what.split()[0] for what in report["results"]} == {
-        "block", "mixed", "the", "training", "loader,",
-    }  # fmt: skip
+    parts = {what.split()[0] for what in report["results"]}
+    assert parts == {"block", "mixed", "the", "training", "loader,"}
 
 
 @pytest.mark.parametrize("textbook", [False, True])

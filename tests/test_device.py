@@ -1,17 +1,26 @@
-"""Where a run computes: which precision a CPU gets."""
+"""Where a run computes: the precision of a CPU, several processes started by torchrun."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
+from conftest import RECIPE, ROOT, TINY, execute
+from torch import nn
 
+import data
 import device
+from history import read_history
+from model import build_model
 
-ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
+# The batches are of 30, 30, 30 and 1 image: of two processes, the second has none of the last.
+OPTIONS = [*TINY, *"--limit 91 --batch-size 30 --dropout 0 --augment crop flip".split()]
+LONG = "--epochs 12 --schedule none --optimizer sgd --lr 0.01 --ema 0.9".split()
 
 
 @pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
@@ -19,11 +28,10 @@ CPU = torch.device("cpu")
 def test_auto_is_bfloat16_where_the_cpu_has_instructions_for_it(monkeypatch, machine, has_it):
     monkeypatch.setattr(device.platform, "machine", lambda: machine)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "the best")
-    if machine == "x86_64":
-        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_it)
+    x86 = machine == "x86_64"
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_it and x86)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
-    allowed = has_it or machine == "x86_64"
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: allowed)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: has_it or x86)
     assert device.precision_on(CPU) == ("bfloat16" if has_it else "float32")
     assert device.precision_on(CPU, "bfloat16") == "bfloat16"
     assert device.precision_on(CPU, "float32") == "float32"
@@ -32,13 +40,98 @@ def test_auto_is_bfloat16_where_the_cpu_has_instructions_for_it(monkeypatch, mac
 @pytest.mark.parametrize("limit", ["ATEN_CPU_CAPABILITY=avx2", "ONEDNN_MAX_CPU_ISA=AVX2"])
 def test_auto_is_float32_where_pytorch_or_onednn_may_not_use_them(limit):
     code = "import device, torch; print(device.precision_on(torch.device('cpu')))"
-    environment = os.environ | dict([limit.split("=")])
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
+    result = execute("env", limit, sys.executable, "-c", code)
     assert result.stdout == "float32\n", result.stderr
 
 
 def test_without_git_there_is_no_commit(monkeypatch):
     monkeypatch.setenv("PATH", "")
     assert device.environment(CPU, "float32")["commit"] is None
+
+
+def train_with_two(folder, *options):
+    """The command that trains a run with two processes."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    script = ["train.py", *OPTIONS, "--name", "run", "--out", str(folder), *options]
+    return [*torchrun, "--nproc-per-node=2", *script]
+
+
+def close(history, expected):
+    """Assert that all figures of two histories are equal but for rounding."""
+    assert history["batch_losses"] == pytest.approx(expected["batch_losses"], rel=1e-5)
+    for epoch, other in zip(history["epochs"], expected["epochs"]):
+        for figure in ("train_loss", "train_accuracy", "val_loss", "val_accuracy"):
+            assert epoch[figure] == pytest.approx(other[figure], rel=1e-5)
+
+
+def test_two_processes_give_the_losses_of_one(run, tmp_path):
+    recipe = RECIPE[: RECIPE.index("--ema")]  # whose network would be the one that is validated
+    result = execute(*train_with_two(tmp_path / "two", *recipe))
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("block1") == 1  # one process alone prints
+    close(read_history(tmp_path / "two" / "run.json"), run(*OPTIONS, *recipe))
+
+
+@pytest.fixture
+def running(tmp_path):
+    """torchrun with two processes, after the first of 12 epochs; the run is in tmp_path / "two"."""
+    process = subprocess.Popen(train_with_two(tmp_path / "two", *LONG), cwd=ROOT,
+                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)  # fmt: skip
+    while b"  1/12" not in process.stdout.readline():
+        assert process.poll() is None
+    yield process
+    process.kill()
+
+
+def test_a_run_that_loses_a_process_stops(running, tmp_path):
+    children = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    assert running.wait(60) != 0
+    assert 1 <= len(read_history(tmp_path / "two" / "run.json")["epochs"]) < 12
+
+
+def test_a_stopped_run_goes_on_with_another_number_of_processes(running, run, tmp_path):
+    running.terminate()
+    assert running.wait(60) != 0
+    assert (tmp_path / "two" / "run.state.pt").exists()
+    resumed = run(*OPTIONS, *LONG, "--resume", out=tmp_path / "two")
+    close(resumed, run(*OPTIONS, *LONG))
+
+
+def test_shares_of_a_batch_are_disjoint_and_complete():
+    dataset = data.draw_shapes(11, seed=0)
+    whole = list(data.batches(dataset, "shapes", 4, seed=0))
+    for rank in range(3):
+        share = slice(rank, None, 3)
+        parts = data.batches(dataset, "shapes", 4, seed=0, share=share)
+        expected = [(images[share], labels[share]) for images, labels in whole]
+        torch.testing.assert_close(list(parts), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("script", ["evaluate.py", "plot.py"])
+def test_scripts_for_one_process_refuse_torchrun(script):
+    result = execute(sys.executable, script, "run", WORLD_SIZE="2", RANK="1")
+    assert result.returncode == 2
+    assert "start it without torchrun" in result.stderr
+
+
+@pytest.mark.parametrize("mix", ["outputs", "kernels"])
+def test_a_process_without_images_has_no_loss_and_no_gradient(mix):
+    model = build_model({"arch": [8, 8], "downsample": True, "hidden": 8, "mix": mix})
+    labels = torch.empty(0, dtype=torch.long)
+    loss = F.cross_entropy(model(torch.empty(0, 3, 32, 32)), labels, reduction="sum")
+    loss.backward()
+    assert loss.item() == 0
+    assert all(weights.grad.abs().max() == 0 for weights in model.parameters())
+
+
+def test_batch_statistics_are_normalised_as_pytorch_does():
+    torch.manual_seed(0)
+    images = (50 + 9 * torch.randn(4, 3, 5, 5)).requires_grad_()
+    results = []
+    for norm in (nn.BatchNorm2d(3), device.BatchNorm2d(3)):
+        nn.init.constant_(norm.weight, 2)
+        outputs = norm(images)
+        gradients = torch.autograd.grad((outputs**3).sum(), [images, *norm.parameters()])
+        results.append([outputs, *gradients, *norm.buffers(), norm.eval()(images)])
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)

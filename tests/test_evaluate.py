@@ -1,91 +1,101 @@
 import contextlib
 import io
-import re
+import os
 import shutil
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY
-from PIL import Image
+from conftest import TINY, ended, evaluate_in, weights
+from PIL import Image, ImageColor, ImageOps
 
 import data
 import evaluate
 import train
-from checkpoint import load_checkpoint, load_model
+from checkpoint import load_model
 from history import read_history, write_history
 from model import build_model
+
+RED, BLUE = (Image.new("RGB", (40, 30), colour) for colour in ("red", "blue"))
+SHAPE = data.draw_shapes(1, seed=0)
+PHOTO = Image.fromarray(SHAPE.tensors[0][0].permute(1, 2, 0).numpy())
 
 
 @pytest.fixture(scope="module")
 def evaluated(tmp_path_factory):
-    """A tiny run, evaluated: its history, what evaluate.py printed, and the folder."""
+    """A tiny run, evaluated: its folder, history, test figures, and what evaluate.py printed."""
     folder, output = tmp_path_factory.mktemp("evaluated"), io.StringIO()
     train.main([*TINY, "--out", str(folder), "--name", "run"])
     with contextlib.redirect_stdout(output):
-        evaluate.main([str(folder / "run.pt")])
-    return read_history(folder / "run.json"), output.getvalue(), folder
+        test = evaluate_in(folder)
+    history, output = read_history(folder / "run.json"), output.getvalue()
+    return SimpleNamespace(folder=folder, history=history, test=test, output=output)
+
+
+@pytest.fixture
+def checkpoint(evaluated, tmp_path):
+    """A copy of that run's checkpoint in tmp_path, its history beside it."""
+    for name in ("run.pt", "run.json"):
+        shutil.copy(evaluated.folder / name, tmp_path)
+    return tmp_path / "run.pt"
 
 
 def test_the_last_line_is_the_reports(evaluated):
-    history, output, _ = evaluated
-    last = output.splitlines()[-1]
-    assert re.fullmatch(r"Final Model Test Accuracy: \d+\.\d\d%", last)
-    assert f"{history['test']['accuracy']:.2f}%" in last
+    last = evaluated.output.splitlines()[-1]
+    assert last == f"Final Model Test Accuracy: {evaluated.test['accuracy']:.2f}%"
 
 
 def test_the_test_metrics_are_those_of_the_last_epoch(evaluated):
-    history, _, _ = evaluated
-    assert history["test"]["accuracy"] == pytest.approx(history["epochs"][-1]["val_accuracy"])
-    assert history["test"]["loss"] == pytest.approx(history["epochs"][-1]["val_loss"])
-    assert history["finished"] is True
+    last = evaluated.history["epochs"][-1]
+    assert evaluated.test["accuracy"] == pytest.approx(last["val_accuracy"])
+    assert evaluated.test["loss"] == pytest.approx(last["val_loss"])
+    assert evaluated.history["finished"] is True
 
 
 def test_once_leaves_a_test_and_held_out_runs_alone(evaluated, run, tmp_path, capsys):
-    evaluate.main([str(evaluated[2] / "run.pt"), "--once"])
-    run("--holdout", "500")
+    run("--holdout 500")
     capsys.readouterr()
-    evaluate.main([str(tmp_path / "run.pt"), "--once"])
+    for folder in (evaluated.folder, tmp_path):
+        evaluate.main([str(folder / "run.pt"), "--once"])
     assert capsys.readouterr().out == ""
     assert "test" not in read_history(tmp_path / "run.json")
 
 
-def test_what_training_wrote_meanwhile_is_kept(run, tmp_path, monkeypatch):
-    history, measure = run(), evaluate.measure
+def test_what_training_wrote_meanwhile_is_kept(checkpoint, evaluated, tmp_path, monkeypatch):
+    history, measure = evaluated.history, evaluate.measure
 
     def measure_while_training(*arguments):
         write_history(tmp_path / "run.json", history | {"epochs": history["epochs"] * 2})
         return measure(*arguments)
 
     monkeypatch.setattr(evaluate, "measure", measure_while_training)
-    evaluate.main([str(tmp_path / "run.pt")])
+    evaluate.main([str(checkpoint)])
     assert len(read_history(tmp_path / "run.json")["epochs"]) == 4
 
 
-def test_metrics_are_printed_before_they_are_written(run, tmp_path, monkeypatch, capsys):
-    def fail(*arguments):
-        raise OSError("disk full")
-
-    run()
-    monkeypatch.setattr(evaluate, "write_history", fail)
-    with pytest.raises(SystemExit, match="disk full"):
-        evaluate.main([str(tmp_path / "run.pt")])
+def test_metrics_are_printed_before_they_are_written(checkpoint, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "write_history", Mock(side_effect=OSError("disk full")))
+    assert "disk full" in ended(evaluate.main, [str(checkpoint)])
     assert "Final Model Test Accuracy" in capsys.readouterr().out
 
 
+def test_ctrl_c_ends_a_test(checkpoint, monkeypatch):
+    monkeypatch.setattr(evaluate, "measure", Mock(side_effect=KeyboardInterrupt))
+    assert ended(evaluate.main, [str(checkpoint)]) == 130
+
+
 def test_every_class_is_printed_and_kept(evaluated):
-    history, output, _ = evaluated
-    for name, accuracy in history["test"]["per_class"].items():
-        assert f"{name} {accuracy:6.2f}%" in output
-    assert len(history["test"]["per_class"]) == 10
+    for name, accuracy in evaluated.test["per_class"].items():
+        assert f"{name} {accuracy:6.2f}%" in evaluated.output
+    assert len(evaluated.test["per_class"]) == 10
 
 
-def test_a_checkpoint_alone_is_enough(run, tmp_path, capsys):
-    run()
+def test_a_checkpoint_alone_is_enough(checkpoint, tmp_path, capsys):
     (tmp_path / "run.json").unlink()
-    moved = (tmp_path / "run.pt").rename(tmp_path / "elsewhere.pt")
-    evaluate.main([str(moved)])
+    evaluate.main([str(checkpoint.rename(tmp_path / "elsewhere.pt"))])
     output = capsys.readouterr()
     assert "Final Model Test Accuracy" in output.out
     assert "elsewhere.json is not there" in output.err
@@ -93,7 +103,7 @@ def test_a_checkpoint_alone_is_enough(run, tmp_path, capsys):
 
 
 def test_every_gate_is_kept_and_softmax_means_sum_to_one(evaluated):
-    gates = evaluated[0]["test"]["gates"]
+    gates = evaluated.test["gates"]
     assert [gate["block"] for gate in gates] == ["block1", "block2"]
     for gate in gates:
         assert np.sum(gate["mean_per_class"], axis=1) == pytest.approx(np.ones(10), abs=1e-5)
@@ -114,54 +124,41 @@ def test_the_kept_coefficients_are_the_blocks_own():
 
 
 def test_the_first_kernels_are_kept_with_four_digits(evaluated):
-    history, _, folder = evaluated
-    kernels = history["test"]["kernels"]
-    weights = load_checkpoint(folder / "run.pt")["weights"]
+    kernels = evaluated.test["kernels"]
     assert np.shape(kernels) == (2, 4, 3, 3, 3)
-    expected = weights["backbone.block1.convs.weight"].view(2, 4, 3, 3, 3)
+    expected = weights(evaluated.folder)["backbone.block1.convs.weight"].view(2, 4, 3, 3, 3)
     assert np.allclose(kernels, expected, rtol=0, atol=0.00006)
     assert kernels[1][3][2][1][0] == round(kernels[1][3][2][1][0], 4)
 
 
-def test_test_time_augmentation_stands_beside_the_plain_metrics(evaluated, tmp_path, capsys):
-    history, _, folder = evaluated
-    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
-    plain = history["test"]
-    evaluate.main([str(tmp_path / "run.pt"), "--tta"])
-    test = read_history(tmp_path / "run.json")["test"]
-    model = load_model(tmp_path / "run.pt")
+def test_test_time_augmentation_stands_beside_the_plain_metrics(checkpoint, evaluated, capsys):
+    plain, augmented = evaluated.test, evaluate_in(checkpoint.parent, "--tta")
+    model = load_model(checkpoint)
     ((images, labels),) = data.batches(data.load("shapes", train=False), "shapes", 1_000)
     logits = (model(images) + model(images.flip(3))) / 2
-    expected = {
-        "accuracy": 100 * (logits.argmax(1) == labels).double().mean().item(),
-        "loss": F.cross_entropy(logits, labels).item(),
-    }
-    assert test.pop("tta") == pytest.approx(expected)
-    assert test == plain
-    augmented, last = capsys.readouterr().out.splitlines()[-2:]
-    assert augmented == f"With flip test-time augmentation: {expected['accuracy']:.2f}%"
+    accuracy = 100 * (logits.argmax(1) == labels).double().mean().item()
+    loss = F.cross_entropy(logits, labels).item()
+    assert augmented.pop("tta") == pytest.approx({"accuracy": accuracy, "loss": loss})
+    assert augmented == plain
+    *_, line, last = capsys.readouterr().out.splitlines()
+    assert line == f"With flip test-time augmentation: {accuracy:.2f}%"
     assert last == f"Final Model Test Accuracy: {plain['accuracy']:.2f}%"
 
 
-def test_photos_of_mirror_images_are_alike_with_test_time_augmentation(run, tmp_path, capsys):
-    run()
-    image = data.load("shapes", train=False).tensors[0][0].permute(1, 2, 0)
-    photos = tmp_path / "photo.png", tmp_path / "mirrored.png"
-    for path, pixels in zip(photos, (image, image.flip(1))):
-        Image.fromarray(pixels.numpy()).save(path)
-    capsys.readouterr()
-    evaluate.main([str(tmp_path / "run.pt"), "--tta", "--image", *map(str, photos)])
+def test_mirrored_photos_are_alike_with_test_time_augmentation(checkpoint, tmp_path, capsys):
+    photos = [str(tmp_path / "photo.png"), str(tmp_path / "mirrored.png")]
+    PHOTO.save(photos[0])
+    ImageOps.mirror(PHOTO).save(photos[1])
+    evaluate.main([str(checkpoint), "--tta", "--image", *photos])
     first, second = (line.partition(": ")[2] for line in capsys.readouterr().out.splitlines())
     assert first == second
     assert first.endswith("% (flip test-time augmentation)")
 
 
 def test_the_wrong_images_are_drawn(evaluated):
-    history, _, folder = evaluated
-    wrong = history["test"]["wrong"]
-    assert len(wrong) == 36
-    assert all(one["true"] != one["predicted"] for one in wrong)
-    with Image.open(folder / "run-wrong.png") as picture:
+    assert len(evaluated.test["wrong"]) == 36
+    assert all(one["true"] != one["predicted"] for one in evaluated.test["wrong"])
+    with Image.open(evaluated.folder / "run-wrong.png") as picture:
         assert picture.format == "PNG"
 
 
@@ -170,95 +167,62 @@ def test_infinite_outputs_are_refused():
         evaluate.compute_percentages(torch.tensor([[1.0, float("nan")]]))
 
 
-@pytest.fixture
-def red(tmp_path):
-    """red(mode, **options): a file with an image of that mode, 40 x 30, as red as that can be."""
-
-    def save(mode, suffix=".png", **options):
-        path = tmp_path / f"{mode.replace(';', '-')}{suffix}"
-        Image.new("RGB", (40, 30), "red").convert(mode).save(path, **options)
-        return path
-
-    return save
-
-
 @pytest.mark.parametrize(
-    "mode, suffix, colour",
+    "name, photo, options, colour",
     [
-        ("RGB", ".png", (255, 0, 0)),
-        ("RGBA", ".png", (255, 0, 0)),
-        ("P", ".png", (255, 0, 0)),
-        ("CMYK", ".tif", (255, 0, 0)),
-        ("L", ".png", (76, 76, 76)),
-        ("LA", ".png", (76, 76, 76)),
+        ("rgb.png", RED, {}, "red"), ("rgba.png", RED.convert("RGBA"), {}, "red"),
+        ("palette.png", RED.convert("P"), {}, "red"), ("cmyk.tif", RED.convert("CMYK"), {}, "red"),
+        ("l.png", RED.convert("L"), {}, "#4c4c4c"), ("la.png", RED.convert("LA"), {}, "#4c4c4c"),
+        ("16 bits.png", Image.fromarray(np.full((5, 5), 0x8080, np.uint16)), {}, "#808080"),
+        ("one pixel.png", Image.new("1", (1, 1), 1), {}, "white"),
+        ("transparent.png", Image.new("RGBA", (5, 5), (255, 0, 0, 0)), {}, "white"),
+        ("animation.gif", RED, {"save_all": True, "append_images": [BLUE]}, "red"),
     ],
-)
-def test_photos_of_every_mode_are_read(red, mode, suffix, colour):
-    photo = evaluate.read_photo(red(mode, suffix))
-    assert (photo.mode, photo.size) == ("RGB", (40, 30))
-    assert np.allclose(photo.getpixel((20, 15)), colour, atol=1)
-
-
-def test_16_bits_become_8(tmp_path):
-    Image.fromarray(np.full((5, 5), 0x8080, np.uint16)).save(tmp_path / "deep.png")
-    assert evaluate.read_photo(tmp_path / "deep.png").getpixel((2, 2)) == (128, 128, 128)
-
-
-def test_one_pixel_is_enough(tmp_path):
-    Image.new("1", (1, 1), 1).save(tmp_path / "dot.png")
-    assert evaluate.read_photo(tmp_path / "dot.png").getpixel((0, 0)) == (255, 255, 255)
-
-
-def test_what_is_transparent_is_white(tmp_path):
-    Image.new("RGBA", (5, 5), (255, 0, 0, 0)).save(tmp_path / "clear.png")
-    assert evaluate.read_photo(tmp_path / "clear.png").getpixel((2, 2)) == (255, 255, 255)
+)  # fmt: skip
+def test_photos_of_every_kind_are_read(tmp_path, name, photo, options, colour):
+    photo.save(tmp_path / name, **options)
+    read = evaluate.read_photo(tmp_path / name)
+    assert (read.mode, read.size) == ("RGB", photo.size)
+    assert read.getpixel((photo.width // 2, photo.height // 2)) == ImageColor.getrgb(colour)
 
 
 def test_photos_are_turned_upright(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was held on its side
-    Image.new("RGB", (40, 30)).save(tmp_path / "side.jpg", exif=exif)
+    RED.save(tmp_path / "side.jpg", exif=exif)
     assert evaluate.read_photo(tmp_path / "side.jpg").size == (30, 40)
 
 
-def test_of_an_animation_the_first_frame_counts(tmp_path):
-    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
-    frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
-    assert evaluate.read_photo(tmp_path / "moving.gif").getpixel((4, 4)) == (255, 0, 0)
-
-
-def test_photos_are_classified_without_a_data_set(run, tmp_path, capsys, monkeypatch):
-    run()
-    image = data.load("shapes", train=False).tensors[0][0]
-    Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / "first.png")
-    model = load_model(tmp_path / "run.pt")
-    ((images, _),) = data.batches(data.load("shapes", train=False), "shapes", 1_000)
-    likeliest = (100 * model(images[:1])[0].softmax(0)).topk(3)
-    capsys.readouterr()
+def test_photos_are_classified_without_a_data_set(checkpoint, tmp_path, capsys, monkeypatch):
+    PHOTO.save(tmp_path / "photo.png")
+    ((images, _),) = data.batches(SHAPE, "shapes", 1)
+    likeliest = (100 * load_model(checkpoint)(images)[0].softmax(0)).topk(3)
     monkeypatch.delattr(evaluate, "load")
-    evaluate.main([str(tmp_path / "run.pt"), "--image", str(tmp_path / "first.png")])
+    evaluate.main([str(checkpoint), "--image", str(tmp_path / "photo.png")])
     pairs = zip(likeliest.indices.tolist(), likeliest.values.tolist())
     expected = ", ".join(f"{data.CLASSES['shapes'][i]} {value:.1f} %" for i, value in pairs)
-    assert capsys.readouterr().out == f"{tmp_path / 'first.png'}: {expected}\n"
+    assert capsys.readouterr().out == f"{tmp_path / 'photo.png'}: {expected}\n"
     assert (tmp_path / "run-predictions.png").exists()
     assert not (tmp_path / "run-wrong.png").exists()
 
 
-def test_files_that_are_no_images_are_named_and_the_others_classified(
-    run, red, tmp_path, capsys, monkeypatch
-):
-    run()
-    good, cut = red("RGB", ".jpg"), tmp_path / "cut.jpg"
-    cut.write_bytes(good.read_bytes()[:-20])
-    (tmp_path / "text.png").write_text("not an image")
-    Image.new("1", (200, 200)).save(tmp_path / "bomb.png")
+def test_the_name_of_a_photo_need_not_be_utf_8(checkpoint, tmp_path, capsys):
+    photo = tmp_path / os.fsdecode(b"\xff.png")
+    PHOTO.save(photo)
+    evaluate.main([str(checkpoint), "--image", str(photo)])
+    assert capsys.readouterr().out.startswith(f"{tmp_path}/\\udcff.png: ")
+    assert (tmp_path / "run-predictions.png").exists()
+
+
+def test_no_images_are_named_and_the_rest_classified(checkpoint, tmp_path, capsys, monkeypatch):
+    good, *bad = [tmp_path / name for name in ("good", "cut", "text", "bomb", "missing", "")]
+    RED.save(good, "JPEG")
+    bad[0].write_bytes(good.read_bytes()[:-20])
+    bad[1].write_text("not an image")
+    Image.new("1", (200, 200)).save(bad[2], "PNG")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 30_000)
-    bad = [cut, tmp_path / "text.png", tmp_path / "bomb.png", tmp_path, tmp_path / "missing.png"]
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stopped:
-        evaluate.main([str(tmp_path / "run.pt"), "--image", *map(str, bad), str(good)])
+    assert ended(evaluate.main, [str(checkpoint), "--image", *map(str, [*bad, good])]) == 1
     output = capsys.readouterr()
-    assert stopped.value.code == 1
     errors = [line for line in output.err.splitlines() if "error: " in line]
     assert len(errors) == len(bad)
     for path, line in zip(bad, errors):

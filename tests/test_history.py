@@ -1,28 +1,24 @@
-from conftest import changed
+from conftest import ROOT, changed
 
-from history import group, tabulate
+from history import group, read_history, tabulate
 
 
 def test_runs_that_differ_in_their_seed_alone_make_one_row(history):
     runs = [history, changed(history, "row4-seed1", seed=1), changed(history, "wide", arch=[32])]
-    assert [[run["name"] for run in row] for row in group(runs)] == [
-        ["row4", "row4-seed1"],
-        ["wide"],
-    ]
+    names = [[run["name"] for run in row] for row in group(runs)]
+    assert names == [["row4", "row4-seed1"], ["wide"]]
 
 
-def cells(rows):
-    """The cells of the table of rows, line by line, without the header's rule."""
-    lines = [line.strip("|").split("|") for line in tabulate(rows).splitlines()]
+def cells(*histories):
+    """The cells of the table of some runs, line by line, without the header's rule."""
+    lines = [line.strip("|").split("|") for line in tabulate(group(histories)).splitlines()]
     return [[cell.strip() for cell in line] for line in lines[:1] + lines[2:]]
 
 
 def test_the_table_has_the_options_that_differ_and_the_difference_to_the_report(history):
-    rows = group([history, changed(history, "relu", 50.0, gate="relu", epochs=9)])
-    header, row4, relu = cells(rows)
-    assert ", ".join(header) == (
-        "row, hyperparameters, parameters, reported, measured, difference, seconds"
-    )
+    header, row4, relu = cells(history, changed(history, "relu", 50.0, gate="relu", epochs=9))
+    columns = "row, hyperparameters, parameters, reported, measured, difference, seconds"
+    assert header == columns.split(", ")
     options = "arch 16 8 4, k 3, epochs 3, gate softmax"
     assert row4 == ["row4", options, "8,360", "61.00 %", "45.00 %", "-16.00", "6.0"]
     assert "gate relu" in relu[1] and "fc" not in relu[1]
@@ -31,22 +27,20 @@ def test_the_table_has_the_options_that_differ_and_the_difference_to_the_report(
 def test_the_table_gives_mean_and_spread_over_seeds(history):
     other = changed(history, "row4-seed1", 47.0, seed=1)
     other["epochs"][0]["seconds"] = 4.0
-    (row4,) = cells(group([history, other]))[1:]
+    _, row4 = cells(history, other)
     assert row4[4:] == ["46.00 % ± 1.41 (n = 2)", "-15.00", "7.0"]
 
 
 def test_the_table_says_what_is_not_finished_and_prefers_test_figures(history):
-    history["test"] = {"accuracy": 44.0}
     running = changed(history, "running", arch=[1]) | {"finished": False}
-    del running["test"]
-    _, tested, unfinished = cells(group([history, running]))
+    _, tested, unfinished = cells(history | {"test": {"accuracy": 44.0}}, running)
     assert tested[4] == "44.00 %"
     assert unfinished[4] == "45.00 % (unfinished, epoch 3 of 3)"
 
 
 def test_unfinished_seeds_do_not_count_beside_finished_ones(history):
     running = changed(history, "row4-seed1", 10.0, seed=1) | {"finished": False}
-    (row4,) = cells(group([history, running]))[1:]
+    (row4,) = cells(history, running)[1:]
     assert row4[4] == "45.00 % (unfinished, epoch 3 of 3)"
 
 
@@ -58,10 +52,14 @@ def test_the_table_is_aligned_for_the_terminal(history):
 
 def test_a_seed_counts_once(history):
     again = changed(history, "row4-seed0", 99.0)
-    (row,) = group([history, again])
-    assert row == [history]
+    assert group([history, again]) == [[history]]
 
 
 def test_held_out_accuracies_are_not_compared_with_the_report(history):
-    (row4,) = cells(group([changed(history, "row4", holdout=5000)]))[1:]
+    (row4,) = cells(changed(history, "row4", holdout=5000))[1:]
     assert row4[4:6] == ["45.00 % on held-out images", ""]
+
+
+def test_the_readme_has_the_table_that_the_results_give():
+    paths = sorted(ROOT.glob("results/rows/*")) + sorted(ROOT.glob("results/precision/row4-seed*"))
+    assert tabulate(group(map(read_history, paths))) in (ROOT / "README.md").read_text()

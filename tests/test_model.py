@@ -22,6 +22,16 @@ def double_images(count, channels, size=16):
     return torch.randn(count, channels, size, size, dtype=torch.double, requires_grad=True)
 
 
+def in_both_forms(network, blocks, images):
+    """What a network gives, all its gradients included, by each form of its blocks' sums."""
+    for mix in ("outputs", "kernels"):
+        for block in blocks:
+            block.mix = mix
+        output = network(images)
+        gradients = torch.autograd.grad((output**3).sum(), [images, *network.parameters()])
+        yield [output, *gradients]
+
+
 @pytest.mark.parametrize("mix", ["outputs", "kernels"])
 @pytest.mark.parametrize("relu", [True, False])
 @pytest.mark.parametrize("gate", GATES)
@@ -34,29 +44,16 @@ def test_a_block_is_the_reports_formula(gate, relu, mix):
 @pytest.mark.parametrize("count, inputs, outputs, k", [(4, 3, 8, 3), (1, 8, 4, 2), (5, 6, 6, 1)])
 def test_both_forms_of_the_sum_have_the_same_output_and_gradients(count, inputs, outputs, k):
     block = Block(inputs, outputs, k).double()
-    images = double_images(count, inputs)
-    results = {}
-    for mix in ("outputs", "kernels"):
-        block.mix = mix
-        output = block(images)
-        weights = torch.linspace(-1, 1, output.numel(), dtype=torch.double).view_as(output)
-        gradients = torch.autograd.grad((output * weights).sum(), [images, *block.parameters()])
-        results[mix] = [output, *gradients]
-    torch.testing.assert_close(results["outputs"], results["kernels"], atol=1e-10, rtol=0)
+    results = in_both_forms(block, [block], double_images(count, inputs))
+    torch.testing.assert_close(*results, atol=1e-10, rtol=0)
 
 
 def test_both_forms_give_the_same_network_with_all_that_goes_beyond_the_report():
     torch.manual_seed(0)
     options = {"arch": [8, 8, 12], "norm": "batch", "downsample": True, "residual": True, "fc": 1}
     model = build_model(options).double()
-    images = double_images(4, 3, size=32)
-    results = []
-    for mix in ("outputs", "kernels"):
-        for block in model.backbone.blocks().values():
-            block.mix = mix
-        logits = model(images)
-        gradients = torch.autograd.grad((logits**3).sum(), [images, *model.parameters()])
-        results.append([logits, *gradients])
+    blocks = model.backbone.blocks().values()
+    results = in_both_forms(model, blocks, double_images(4, 3, size=32))
     torch.testing.assert_close(*results, atol=1e-8, rtol=1e-8)
 
 
@@ -71,12 +68,6 @@ def test_the_backbone_has_a_block_per_entry_and_keeps_the_image_size():
     assert [name for name, _ in backbone.named_children()] == ["block1", "block2", "block3"]
     assert [block.convs.in_channels for block in backbone] == [3, 4, 6]
     assert backbone(torch.randn(2, 3, 32, 32)).shape == (2, 5, 32, 32)
-
-
-@pytest.mark.parametrize("pool, grid", [("adaptive", 8), ("avg", 4)])
-def test_the_classifier_pools_to_a_grid(pool, grid):
-    classifier = build_model({"arch": [4, 6], "pool": pool, "fc": 1}).classifier
-    assert classifier[-1].in_features == 6 * grid * grid
 
 
 def test_fully_connected_layers_have_relu_and_dropout_between_them():
@@ -143,15 +134,17 @@ def test_downsampling_halves_the_images_between_blocks_of_different_width():
     for name, layer in model.backbone.named_children():
         images = layer(images)
         sizes[name] = images.shape[-1]
-    names = "block1 block2 pool2 block3 block4 pool4 block5".split()
-    assert sizes == dict(zip(names, [32, 32, 16, 16, 16, 8, 8]))
+    assert sizes == {
+        "block1": 32, "block2": 32, "pool2": 16, "block3": 16, "block4": 16, "pool4": 8, "block5": 8
+    }  # fmt: skip
     assert [block.size for block in model.backbone.blocks().values()] == [32, 32, 16, 16, 8]
     assert model.backbone.size == 8
     assert isinstance(model.backbone.pool2, torch.nn.MaxPool2d)
 
 
-@pytest.mark.parametrize("arch, size", [([4, 8], 16), ([4, 8, 4], 8), ([4, 8, 4, 8, 4], 2)])
-def test_the_classifier_copes_with_smaller_maps(arch, size):
+@pytest.mark.parametrize("halvings, size", [(0, 32), (1, 16), (2, 8), (4, 2)])
+def test_the_classifier_pools_maps_of_any_size_to_a_grid(halvings, size):
+    arch = [4, 8, 4, 8, 4][: halvings + 1]
     for pool, grid in (("adaptive", min(8, size)), ("avg", size // min(8, size))):
         model = build_model({"arch": arch, "downsample": True, "pool": pool, "fc": 1})
         assert model.classifier[-1].in_features == arch[-1] * grid**2
@@ -200,11 +193,8 @@ def test_costs_fall_with_the_size_of_the_maps():
 def test_costs_count_parameters_and_multiply_accumulates():
     rows = costs(build_model({"arch": [4, 6], "k": 2, "fc": 1}))
     assert [row[0] for row in rows] == ["block1", "block2", "classifier", "total"]
-    block2_kernels, gate = 2 * 4 * 6 * 9, 4 * 2
-    assert rows[1][1:] == (
-        block2_kernels + 2 * 6 + gate + 2,
-        32 * 32 * (block2_kernels + 2 * 6) + gate,
-        32 * 32 * block2_kernels // 2 + block2_kernels + gate,
-    )
+    kernels, biases, gate = 2 * 4 * 6 * 9, 2 * 6, 4 * 2  # of block2
+    macs, mixed = 32 * 32 * (kernels + biases) + gate, 32 * 32 * kernels // 2 + kernels + gate
+    assert rows[1][1:] == (kernels + biases + gate + 2, macs, mixed)
     assert rows[2][1:] == (6 * 64 * 10 + 10, 6 * 64 * 10, 6 * 64 * 10)
     assert rows[3][1:] == tuple(map(sum, list(zip(*rows[:3]))[1:]))

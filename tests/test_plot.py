@@ -1,17 +1,14 @@
 import json
-import subprocess
 import sys
-from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
-from conftest import changed
+from conftest import changed, ended, execute
 
 import gallery
 import plot
 from history import group, write_history
-
-PNG = b"\x89PNG\r\n"
 
 
 def values(axes):
@@ -19,37 +16,43 @@ def values(axes):
     return {line.get_label(): list(line.get_ydata()) for line in axes.lines}
 
 
-@pytest.fixture
-def test():
-    """Test figures of a network with 2 blocks, k = 3 and 4 kernels per bank, right every time."""
-    names = [f"class{number}" for number in range(10)]
-    gate = {"mean_per_class": [[0.5, 0.3, 0.2]] * 10, "quantiles": [[0.1, 0.2, 0.3, 0.4, 0.5]] * 3}
-    bins = [{"confidence": None, "accuracy": None, "count": 0}] * 14
-    return {
-        "accuracy": 100.0,
-        "images": 40,
-        "per_class": dict.fromkeys(names, 100.0),
-        "confusion": (4 * np.eye(10, dtype=int)).tolist(),
-        "calibration": {
-            "bins": [*bins, {"confidence": 97.0, "accuracy": 100.0, "count": 40}],
-            "ece": 3.0,
-        },
-        "wrong": [],
-        "gates": [{"block": name} | gate for name in ("block1", "block2")],
-        "kernels": np.linspace(-1, 1, 3 * 4 * 27).reshape(3, 4, 3, 3, 3).tolist(),
-    }
-
-
 def texts(axes):
     """What is written inside an axes."""
     return [text.get_text() for text in axes.texts]
 
 
-def draw(arguments):
-    """Run plot.py; its exit code."""
-    with pytest.raises(SystemExit) as done:
-        plot.main([str(argument) for argument in arguments])
-    return done.value.code or 0
+def save(folder, *histories):
+    """Write histories into a folder; their paths."""
+    folder.mkdir(exist_ok=True)
+    paths = [folder / f"{history['name']}.json" for history in histories]
+    for path, history in zip(paths, histories):
+        write_history(path, history)
+    return paths
+
+
+def draw(*arguments):
+    """Run plot.py; its exit code, or the line that it leaves with exit code 1."""
+    return ended(plot.main, [str(argument) for argument in arguments]) or 0
+
+
+def pictures(folder):
+    """The names of the pictures in a folder."""
+    return sorted(path.name for path in folder.glob("*.png"))
+
+
+@pytest.fixture
+def test():
+    """Test figures of a network with 2 blocks, k = 3 and 4 kernels per bank, right every time."""
+    gate = {"mean_per_class": [[0.5, 0.3, 0.2]] * 10, "quantiles": [[0.1, 0.2, 0.3, 0.4, 0.5]] * 3}
+    bins = [{"confidence": None, "accuracy": None, "count": 0}] * 14
+    bins.append({"confidence": 97.0, "accuracy": 100.0, "count": 40})
+    return {
+        "accuracy": 100.0, "images": 40, "wrong": [], "calibration": {"bins": bins, "ece": 3.0},
+        "per_class": {f"class{number}": 100.0 for number in range(10)},
+        "confusion": (4 * np.eye(10, dtype=int)).tolist(),
+        "gates": [{"block": name} | gate for name in ("block1", "block2")],
+        "kernels": np.linspace(-1, 1, 3 * 4 * 27).reshape(3, 4, 3, 3, 3).tolist(),
+    }  # fmt: skip
 
 
 def test_a_run_is_drawn_as_loss_and_accuracy_per_epoch(history):
@@ -87,8 +90,7 @@ def test_huge_first_losses_do_not_flatten_the_others(history):
 
 
 def test_several_seeds_are_drawn_as_their_mean_and_range(history):
-    row = [history, changed(history, "row4-seed1", 47.0, seed=1)]
-    figure = plot.draw_run(row)
+    figure = plot.draw_run([history, changed(history, "row4-seed1", 47.0, seed=1)])
     accuracy = figure.axes[1]
     assert figure.get_suptitle() == "row4, mean and range of 2 seeds"
     assert values(accuracy)["validation"] == [15, 30, 46]
@@ -98,11 +100,9 @@ def test_several_seeds_are_drawn_as_their_mean_and_range(history):
 
 @pytest.mark.parametrize("seeds, name", [((1,), "row4-seed1"), ((1, 2), "row4")])
 def test_the_picture_of_several_seeds_has_the_rows_name(history, seeds, name, tmp_path):
-    for seed in seeds:
-        run = changed(history, f"row4-seed{seed}", seed=seed)
-        write_history(tmp_path / f"row4-seed{seed}.json", run)
-    assert draw(tmp_path.glob("*.json")) == 0
-    assert [path.name for path in tmp_path.glob("*.png")] == [f"{name}.png"]
+    runs = [changed(history, f"row4-seed{seed}", seed=seed) for seed in seeds]
+    assert draw(*save(tmp_path, *runs)) == 0
+    assert pictures(tmp_path) == [f"{name}.png"]
 
 
 def test_an_unfinished_run_is_drawn_as_far_as_it_got(history):
@@ -118,9 +118,7 @@ def test_the_comparison_shows_reported_and_measured_accuracy_of_each_row(history
     rows = group([history, changed(history, "wide", 70.0, arch=[32])])
     dots, curves = plot.draw_comparison(rows).axes
     assert [label.get_text() for label in dots.get_yticklabels()] == ["row4", "wide"]
-    shown = {
-        (line.get_label(), line.get_xdata()[0]) for line in dots.lines if len(line.get_xdata())
-    }
+    shown = {(line.get_label(), *line.get_xdata()[:1]) for line in dots.lines}
     assert {("reported", 61.0), ("measured", 45.0), ("measured", 70.0)} <= shown
     assert values(curves) == {"row4": [15, 30, 45], "wide": [15, 30, 70]}
 
@@ -162,9 +160,8 @@ def test_of_thousands_of_convolutions_the_first_are_drawn(test):
 
 
 def test_one_row_leaves_the_table_of_many(history, tmp_path):
-    write_history(tmp_path / "row4.json", history)
     (tmp_path / "results.md").write_text("many")
-    assert draw([tmp_path / "row4.json"]) == 0
+    assert draw(*save(tmp_path, history)) == 0
     assert (tmp_path / "results.md").read_text() == "many"
 
 
@@ -173,9 +170,7 @@ def test_kernels_are_tiled_as_colours_with_white_between():
     kernels[1, 2] = 5  # the second kernel is blue
     image = gallery.tile(kernels)
     assert image.shape == (3, 7, 3)
-    assert image[0, 0].tolist() == [0, 0, 0]
-    assert image[0, 3].tolist() == [1, 1, 1]
-    assert image[0, 4].tolist() == [0, 0, 1]
+    assert image[0, [0, 3, 4]].tolist() == [[0, 0, 0], [1, 1, 1], [0, 0, 1]]
 
 
 def test_wrong_images_are_drawn_with_true_and_predicted_names():
@@ -186,109 +181,84 @@ def test_wrong_images_are_drawn_with_true_and_predicted_names():
 
 
 def test_a_tested_run_has_two_pictures_more(history, test, tmp_path):
-    write_history(tmp_path / "row4.json", history | {"test": test})
-    assert draw([tmp_path / "row4.json"]) == 0
-    assert {path.name for path in tmp_path.glob("*.png")} == {
-        "row4.png",
-        "row4-test.png",
-        "row4-gates.png",
-    }
+    assert draw(*save(tmp_path, history | {"test": test})) == 0
+    assert pictures(tmp_path) == ["row4-gates.png", "row4-test.png", "row4.png"]
 
 
 def test_old_test_figures_are_drawn_so_far_as_they_go(history, test, tmp_path):
     old = {key: test[key] for key in ("accuracy", "images", "per_class", "confusion")}
-    write_history(tmp_path / "row4.json", history | {"test": old})
-    assert draw([tmp_path / "row4.json"]) == 0
-    assert [path.name for path in tmp_path.glob("*.png")] == ["row4.png"]
+    assert draw(*save(tmp_path, history | {"test": old})) == 0
+    assert pictures(tmp_path) == ["row4.png"]
 
 
 def test_damaged_test_figures_are_named_and_the_rest_drawn(history, test, tmp_path, capsys):
-    damaged = {"confusion": "?", "kernels": []}
-    write_history(tmp_path / "row4.json", history | {"test": test | damaged})
-    assert draw([tmp_path / "row4.json"]) == 1
+    damaged = test | {"confusion": "?", "kernels": []}
+    assert draw(*save(tmp_path, history | {"test": damaged})) == 1
     assert "its test metrics are damaged, evaluate it again" in capsys.readouterr().err
     assert (tmp_path / "row4.png").exists()
 
 
 @pytest.mark.parametrize("suffix, start", [("svg", b"<?xml"), ("pdf", b"%PDF")])
 def test_pictures_come_in_other_formats(history, suffix, start, tmp_path):
-    write_history(tmp_path / "row4.json", history)
     title = "half $ of it"
-    assert draw([tmp_path / "row4.json", "--format", suffix, "--title", title]) == 0
+    assert draw(*save(tmp_path, history), "--format", suffix, "--title", title) == 0
     picture = (tmp_path / f"row4.{suffix}").read_bytes()
     assert picture.startswith(start)
     assert suffix == "pdf" or title.encode() in picture
 
 
-def test_two_rows_never_share_a_picture(history, tmp_path, capsys):
-    for folder, k in (("a", 1), ("b", 2)):
-        (tmp_path / folder).mkdir()
-        write_history(tmp_path / folder / "row4.json", changed(history, "row4", k=k))
-    assert "would be the picture of two rows" in draw(
-        [*tmp_path.glob("*/row4.json"), "--out", tmp_path / "out"]
-    )
+def test_two_rows_never_share_a_picture(history, tmp_path):
+    paths = save(tmp_path / "a", history) + save(tmp_path / "b", changed(history, "row4", k=2))
+    assert "would be the picture of two rows" in draw(*paths, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_watching_redraws_until_the_run_is_finished(history, tmp_path, monkeypatch):
-    path, looks = tmp_path / "row4.json", []
-    write_history(path, history | {"finished": False, "epochs": []})
+    looks = []
 
     def sleep(seconds):
         looks.append((tmp_path / "row4.png").read_bytes())
-        write_history(path, history | {"finished": len(looks) == 2})
+        save(tmp_path, history | {"finished": len(looks) == 2})
 
     monkeypatch.setenv("MPLBACKEND", "agg")
     monkeypatch.setattr(plot.time, "sleep", sleep)
-    assert draw([path, "--watch"]) == 0
+    assert draw(*save(tmp_path, history | {"finished": False, "epochs": []}), "--watch") == 0
     assert len({*looks, (tmp_path / "row4.png").read_bytes()}) == 3
 
 
 def test_watching_ends_by_interrupt(history, tmp_path, monkeypatch):
-    def interrupt(seconds):
-        raise KeyboardInterrupt
-
-    write_history(tmp_path / "row4.json", history | {"finished": False})
-    monkeypatch.setattr(plot.time, "sleep", interrupt)
-    assert draw([tmp_path / "row4.json", "--watch"]) == 0
+    monkeypatch.setattr(plot.time, "sleep", Mock(side_effect=KeyboardInterrupt))
+    assert draw(*save(tmp_path, history | {"finished": False}), "--watch") == 0
 
 
 def test_only_one_run_is_watched(capsys):
-    assert draw(["a.json", "b.json", "--watch"]) == 2
+    assert draw("a.json", "b.json", "--watch") == 2
     assert "--watch follows one run, not 2" in capsys.readouterr().err
 
 
-def test_figures_that_are_no_numbers_are_refused(history, tmp_path, capsys):
-    for key, value in (("reported", "61"), ("reported", 10**400), ("test", {}), ("test", [])):
-        (tmp_path / "row4.json").write_text(json.dumps(history | {key: value}))
-        assert draw([tmp_path / "row4.json"]) == 1
-        assert "is no number" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    "wrong", [{"reported": "61"}, {"reported": 10**400}, {"test": {}}, {"test": []}]
+)
+def test_figures_that_are_no_numbers_are_refused(history, tmp_path, capsys, wrong):
+    (tmp_path / "row4.json").write_text(json.dumps(history | wrong))
+    assert draw(tmp_path / "row4.json") == 1
+    assert "is no number" in capsys.readouterr().err
 
 
 def test_pictures_and_table_are_written_beside_the_histories(history, tmp_path, capsys):
-    paths = []
-    for name, arch in (("row4", [16, 8, 4]), ("x" * 60, [8])):
-        paths.append(tmp_path / f"{name}.json")
-        write_history(paths[-1], changed(history, name, arch=arch))
-    with pytest.raises(SystemExit) as done:
-        plot.main([str(path) for path in paths])
-    assert not done.value.code
-    for name in ("row4.png", "x" * 60 + ".png", "comparison.png"):
-        assert (tmp_path / name).read_bytes().startswith(PNG)
+    assert draw(*save(tmp_path, history, changed(history, "x" * 60, arch=[8]))) == 0
+    assert pictures(tmp_path) == ["comparison.png", "row4.png", "x" * 60 + ".png"]
+    assert all(path.read_bytes().startswith(b"\x89PNG\r\n") for path in tmp_path.glob("*.png"))
     assert (tmp_path / "results.md").read_text() in capsys.readouterr().out
 
 
 def test_one_bad_history_does_not_keep_the_others_from_being_drawn(history, tmp_path, capsys):
-    write_history(tmp_path / "good.json", history)
     (tmp_path / "bad.json").write_text("{}")
-    with pytest.raises(SystemExit) as done:
-        plot.main([str(tmp_path / "bad.json"), str(tmp_path / "good.json")])
-    assert done.value.code == 1
+    assert draw(tmp_path / "bad.json", *save(tmp_path, history)) == 1
     assert "bad.json" in capsys.readouterr().err
-    assert (tmp_path / "good.png").exists()
+    assert (tmp_path / "row4.png").exists()
 
 
 def test_plot_never_imports_torch():
     code = "import plot, sys; sys.exit('torch' in sys.modules)"
-    root = Path(plot.__file__).parent
-    assert subprocess.run([sys.executable, "-c", code], cwd=root).returncode == 0
+    assert execute(sys.executable, "-c", code).returncode == 0

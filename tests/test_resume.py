@@ -1,0 +1,161 @@
+"""How runs go on: after an interruption to the very same end, or not at all."""
+
+import math
+import os
+import random
+from unittest.mock import Mock
+
+import pytest
+from conftest import RECIPE, ended, ending, files, without_times
+
+import train
+from history import read_history, write_history
+from run import Run
+
+
+def draw_options(number):
+    """Options at random, whatever can be combined, and some number of batches of such a run."""
+    chance = random.Random(number)
+    pick = chance.choice
+    options = ["--gate", pick(["softmax", "relu", "sigmoid", "none"])]
+    options += ["--arch", *map(str, chance.choices([4, 8, 17], k=chance.randint(1, 4)))]
+    options += ["--k", pick("123"), "--fc", pick("123"), "--pool", pick(["avg", "adaptive"])]
+    options += ["--init", pick(["he", "default"]), "--mix", pick(["auto", "outputs", "kernels"])]
+    options += ["--batch-size", batch_size := pick(["7", "32", "100"])]
+    options += ["--holdout", pick(["0", "500"])]
+    options += ["--schedule", pick(["cosine", "onecycle", "none"]), "--seed", pick("019")]
+    options += ["--precision", pick(["float32", "bfloat16"]), "--dropout", pick(["0", "0.5"])]
+    sgd = "--optimizer sgd --lr 0.05 --momentum 0.9 --nesterov"
+    options.append(pick(["", "--optimizer adam", sgd]))
+    flags = "--norm batch,--downsample,--residual,--label-smoothing 0.1,--ema 0.9,--no-bias-decay"
+    flags += ",--no-block-relu,--augment crop,--augment flip cutout"
+    options += [flag for flag in flags.split(",") if chance.random() < 0.4]
+    return " ".join(options), chance.randint(1, 2 * math.ceil(100 / int(batch_size)))
+
+
+NETWORKS = {"report": "", "recipe": " ".join(RECIPE), "bfloat16": "--precision bfloat16"}
+INTERRUPTED = {  # within an epoch, at its end, in validation, after the first epoch
+    f"{name}, batch {batches}": (f"--augment crop flip {options} --epochs 3", batches)
+    for name, options in NETWORKS.items()
+    for batches in (2, 4, 6, 13)
+}
+for number in range(int(os.environ.get("COMBINATIONS", 6))):
+    INTERRUPTED[f"combination {number}"] = draw_options(number)
+
+
+@pytest.mark.parametrize("options, batches", INTERRUPTED.values(), ids=INTERRUPTED)
+def test_an_interrupted_run_goes_on_to_the_same_end(run, stop, tmp_path, options, batches):
+    run(options)
+    whole = ending(tmp_path)
+    assert stop(batches, options, "--overwrite") == 128 + 15
+    assert (tmp_path / "run.state.pt").exists()
+    resumed = run(options, "--resume")
+    assert ending(tmp_path) == whole
+    assert (tmp_path / "run.state.pt").exists() == (resumed["config"]["schedule"] == "none")
+
+
+def test_an_interrupted_run_says_how_to_go_on(stop, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["train.py", "--name", "my run", "--overwrite"])
+    assert stop(2, kind=2) == 130
+    assert "go on with python train.py --name 'my run' --resume" in capsys.readouterr().err
+
+
+def test_resuming_a_finished_run_changes_nothing(run, tmp_path):
+    run()
+    before = files(tmp_path)
+    assert ended(run, "--resume") == 0
+    assert files(tmp_path) == before
+
+
+def test_a_run_without_a_schedule_can_be_given_more_epochs(run):
+    longer = without_times(run("--schedule none --epochs 3"))
+    run("--schedule none --epochs 2 --overwrite")
+    assert without_times(run("--schedule none --epochs 3 --resume")) == longer
+
+
+@pytest.mark.parametrize(
+    "begun, lost, now, message",
+    [
+        ("", None, "", "go on with it by --resume, replace it by --overwrite"),
+        ("", None, "--resume --k 3", "made with other options, k 2 (now 3)"),
+        ("", None, "--resume --dataset cifar10", "dataset shapes (now cifar10)"),
+        ("", None, "--resume --epochs 3", "cosine schedule depends on the number of epochs"),
+        ("", "run.pt", "--resume", "run.pt is gone"),
+        ("--schedule none", "run.state.pt", "--resume --epochs 3", "run.state.pt is gone"),
+        ("--schedule none", "run.json", "--resume --seed 7", "run.state.pt was made with other "
+         "options, seed 0 (now 7)"),
+    ],
+)  # fmt: skip
+def test_what_is_there_of_a_run_is_never_lost(run, tmp_path, refused, begun, lost, now, message):
+    run(begun)
+    if lost:
+        (tmp_path / lost).unlink()
+    before = files(tmp_path)
+    assert message in refused(run, begun, now)
+    assert files(tmp_path) == before
+
+
+def test_a_state_without_its_history_is_gone_on_with(run, stop, tmp_path, monkeypatch):
+    whole = without_times(run())
+    stop(11, "--overwrite")
+    (tmp_path / "run.json").unlink()
+    validate = Mock(wraps=train.predict)
+    monkeypatch.setattr(train, "predict", validate)
+    assert without_times(run("--resume")) == whole
+    assert validate.call_count == 1  # the first epoch is not repeated
+
+
+def test_options_that_do_not_change_the_result_may_differ(run, tmp_path):
+    whole = run("--device cpu")
+    (tmp_path / "run.pt").unlink()
+    write_history(tmp_path / "run.json", whole | {"finished": False})
+    resumed = run("--resume --device auto --data-dir elsewhere --reported 50")
+    assert without_times(resumed) == without_times(whole)
+
+
+def test_a_resumed_run_keeps_the_environment_of_its_last_start(run, stop, monkeypatch):
+    stop(2, "--reported 40")
+    monkeypatch.setattr(train, "environment", lambda *_: {"device": "another", "precision": "?"})
+    history = run("--resume --reported 50 --mix outputs")
+    assert history["reported"] == 50
+    assert history["environment"]["device"] == "another"
+    assert history["environment"]["mix"] == ["outputs", "outputs"]
+
+
+@pytest.fixture
+def kill(run, monkeypatch):
+    """kill(method, option, ...): a run that dies, saving nothing, as it calls a method of Run."""
+
+    def run_and_die(method, *options):
+        with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+            patch.setattr(Run, method, Mock(side_effect=RuntimeError("killed")))
+            run(*options)
+
+    return run_and_die
+
+
+def test_a_run_that_was_killed_before_anything_was_saved_begins_again(run, kill, tmp_path):
+    kill("after_batch")
+    assert read_history(tmp_path / "run.json")["finished"] is False
+    assert run("--resume")["finished"] is True
+
+
+def test_a_killed_overwrite_never_mixes_two_runs(run, kill, tmp_path):
+    run("--schedule none")
+    other = "--schedule none --seed 7"
+    kill("_write_history", other, "--overwrite")
+    assert set(files(tmp_path)) == {"run.json"}
+    assert "seed 0 (now 7)" in ended(run, other, "--resume")
+
+
+def test_a_kill_at_the_very_end_repeats_nothing(run, kill, tmp_path):
+    kill("_remove")
+    assert read_history(tmp_path / "run.json")["finished"]
+    assert ended(run, "--resume") == 0
+
+
+def test_a_killed_runs_half_written_files_go_with_the_next_start(run, tmp_path):
+    for name in ("run.pt.123.part", "run.state.pt.123.part", "run.other.pt.123.part"):
+        (tmp_path / name).touch()
+    run()
+    assert set(files(tmp_path)) == {"run.json", "run.other.pt.123.part", "run.pt"}
