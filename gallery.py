@@ -91,7 +91,8 @@ def draw_heat_map(axes, values, texts, low, high, columns):
     """An array in shades from low to high, with the text of each cell, names below its columns."""
     axes.imshow(values, cmap=SHADES, vmin=low, vmax=high, aspect="auto")
     for ((row, column), value), text in zip(np.ndenumerate(values), texts):
-        colour = "white" if value - low > 0.57 * (high - low) else "black"
+        dark = value - low > 0.57 * (high - low)
+        colour = "white" if dark else "grey" if text == "0" else "black"
         axes.text(column, row, text, color=colour, ha="center", va="center", fontsize=7)
     axes.set_xticks(range(len(columns)), columns, rotation=30, ha="right", rotation_mode="anchor")
 

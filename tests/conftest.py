@@ -7,7 +7,7 @@ import signal
 import subprocess
 from itertools import count
 from pathlib import Path
-from unittest.mock import Mock
+from unittest.mock import Mock, patch
 
 import pytest
 import torchvision
@@ -41,11 +41,11 @@ needs_cifar10 = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(autouse=True)
-def no_download_and_no_other_signal_handlers(monkeypatch):
+@pytest.fixture(autouse=True, scope="session")
+def no_download_and_no_other_signal_handlers():
     refuse = Mock(side_effect=OSError("no network in tests"))
-    monkeypatch.setattr(torchvision.datasets.CIFAR10, "download", refuse)
-    monkeypatch.setattr(signal, "signal", Mock())
+    with patch.object(torchvision.datasets.CIFAR10, "download", refuse), patch("signal.signal"):
+        yield
 
 
 def execute(*command, **environment):
@@ -101,8 +101,8 @@ def stop(run, monkeypatch):
                 self._on_signal(kind, None)
             save_or_stop(self)
 
-        with monkeypatch.context() as patch:
-            patch.setattr(Run, "_save_or_stop", signal_or_not)
+        with monkeypatch.context() as changes:
+            changes.setattr(Run, "_save_or_stop", signal_or_not)
             return ended(run, *options)
 
     return run_and_stop
