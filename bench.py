@@ -1,7 +1,7 @@
-"""Time the blocks, the training step and the loader against their textbook forms.
+"""Time the blocks and the training step against their textbook forms.
 
 python bench.py                                # a quarter of an hour on two CPU cores
-python bench.py --only loader                  # a part of it
+python bench.py --only block                   # a part of it
 python bench.py --json results/bench/cpu.json  # keep the seconds and ratios
 
 The textbook forms are what a good student writes from the report's text. Ours compute in the
@@ -21,10 +21,7 @@ from statistics import median
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import DataLoader
-from torchvision import datasets, transforms
 
-import data
 from device import autocast, choose_device, describe, precision_on
 from history import make_parser, write_text
 from model import Block, build_model
@@ -41,7 +38,7 @@ ROWS = {  # of ablations.sh: options of the network, batch size
 }  # fmt: skip
 
 WIDTHS = ((3, 64), (64, 128), (128, 256), (256, 512))  # of the final model's blocks
-PARTS = ("block", "mix", "rate", "step", "loader")
+PARTS = ("block", "step", "mix", "rate")
 
 
 class TextbookBlock(nn.Module):
@@ -62,23 +59,10 @@ class TextbookBlock(nn.Module):
         return images + outputs if self.residual else outputs
 
 
-class PerImage(datasets.CIFAR10):
-    """torchvision's data set with other images in it: one PIL image at a time, transformed."""
-
-    def __init__(self, dataset, augment):
-        random = [transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip()]
-        last = [transforms.ToTensor(), transforms.Normalize(*data.NORMALISATION["shapes"])]
-        self.transform = transforms.Compose([*(random if augment else []), *last])
-        self.target_transform = None
-        self.data = dataset.tensors[0].permute(0, 2, 3, 1).numpy()
-        self.targets = dataset.tensors[1].tolist()
-
-
 def compare(what, ours, other, name, turns=3):
     """Time two forms in turn, after a turn to warm up; a row of the results.
-
-    Each is (a function that builds a function to time, its arguments ...); `name` is the other's.
-    """
+    Each is (a function that builds a function to time, its arguments ...); `name` is the
+    other's."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, context) as left, ProcessPoolExecutor(1, context) as right:
         left.submit(prepare, *ours).result()
@@ -180,35 +164,23 @@ def build_training(row, device, precision, textbook=False):
     return step
 
 
-def build_loader(device, augment, workers=None):
-    """A function that goes through 10,000 shapes: our batches, or torchvision's with workers."""
-    dataset = data.load("shapes")
-    names = ("crop", "flip") if augment else ()
-    loader = workers is not None and DataLoader(
-        PerImage(dataset, augment), 128, shuffle=True, num_workers=workers,
-        persistent_workers=workers > 0,
-    )  # fmt: skip
-
-    def step():
-        for images, labels in loader or data.batches(
-            dataset, "shapes", 128, device, seed=0, augment=names
-        ):
-            images.to(device), labels.to(device)
-
-    return step
-
-
 def bench(only, device):
     """Yield a row of results for everything that is asked for."""
     precision = precision_on(device)
     precisions = ["float32"] if precision == "float32" else ["float32", precision]
     batch = 128 if device.type == "cuda" else 32
+    forms = {}
     if "block" in only:
         for inputs, outputs in WIDTHS:
             block = (build_block, inputs, outputs, 32, batch, device)
-            for other in precisions:
-                yield compare(f"block {inputs} to {outputs}, k = 3", (*block, precision),
-                              (*block, other, True), f"textbook, {other}")  # fmt: skip
+            forms[f"block {inputs} to {outputs}, k = 3"] = block
+    if "step" in only:
+        for row, (_, images) in ROWS.items():
+            forms[f"training step of {row}, batch {images}"] = (build_training, row, device)
+    for what, form in forms.items():
+        for other in precisions:
+            textbook = (*form, other, True)
+            yield compare(what, (*form, precision), textbook, f"textbook, {other}")
     if "mix" in only:
         for size in (32, 16, 8, 4):
             for inputs, outputs in ((8, 4), (16, 16), (64, 64), (128, 256)):
@@ -220,20 +192,6 @@ def bench(only, device):
         ours, products = (build_backbone, *where), (build_products, *where)
         name = f"matrix products, {precision}"
         yield compare("the final model's blocks", ours, products, name, turns=5)
-    if "step" in only:
-        for row, (_, images) in ROWS.items():
-            ours = (build_training, row, device, precision)
-            for other in precisions:
-                textbook = (build_training, row, device, other, True)
-                what = f"training step of {row}, batch {images}"
-                yield compare(what, ours, textbook, f"textbook, {other}")
-    if "loader" in only:
-        for augment in (False, True):
-            for workers in (0, 2):
-                what = "crop and flip" if augment else "plain"
-                yield compare(f"loader, {what}", (build_loader, device, augment),
-                              (build_loader, device, augment, workers),
-                              f"torchvision's, {workers} workers")  # fmt: skip
 
 
 def parse_args(argv=None):
@@ -251,10 +209,9 @@ def main(argv=None):
     args = parse_args(argv)
     try:
         device = choose_device(args.device)
-        name, precision = describe(device), precision_on(device)
-        report = {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__,
-                  "precision": precision}  # fmt: skip
-        print(f"{name}, PyTorch {torch.__version__}, ours in {precision}")
+        report = {"device": describe(device), "threads": torch.get_num_threads(),
+                  "torch": torch.__version__, "precision": precision_on(device)}  # fmt: skip
+        print(f"{report['device']}, PyTorch {torch.__version__}, ours in {report['precision']}")
         print(f"{'':<46} {'ours, ms':>9} {'other':>9}   other / ours")
         report["results"] = list(bench(args.only, device))
         if args.json:
