@@ -11,7 +11,6 @@ import textwrap
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
 
 from history import write_atomically
 
@@ -44,9 +43,7 @@ def start_figure(title, height):
 
 def save(figure, path):
     """Write a Figure to a file, which its suffix says the format of, and say so on stderr.
-
-    The folder is made if it is missing. OSError as the disk says.
-    """
+    The folder is made if it is missing. OSError as the disk says."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, lambda file: figure.savefig(file, format=path.suffix[1:], dpi=200))
     print(path, file=sys.stderr)
@@ -54,24 +51,14 @@ def save(figure, path):
 
 def draw_test(test, title):
     """A Figure of a history's test metrics: confusion matrix, per-class accuracy, calibration.
-
-    KeyError if they lack one of these.
-    """
-    figure = start_figure(
-        f"{title}: {test['images']:,} test images, {test['accuracy']:.2f} % right", 9.2
-    )
+    KeyError if they lack one of these."""
+    title = f"{title}: {test['images']:,} test images, {test['accuracy']:.2f} % right"
+    figure = start_figure(title, 9.2)
     panels = figure.subplot_mosaic([["confusion"] * 2, ["classes", "calibration"]],
                                    height_ratios=[5.6, 3])  # fmt: skip
-    names = list(test["per_class"])
+    names, accuracies = zip(*test["per_class"].items())
     draw_confusion(panels["confusion"], test["confusion"], names)
-    axes, accuracies = panels["classes"], list(test["per_class"].values())
-    bars = axes.barh(names, accuracies, color=BLUE)
-    axes.bar_label(bars, fmt="%.1f", padding=2, fontsize=8)
-    axes.invert_yaxis()
-    axes.set_xlim(0, 112)  # room for the label of 100
-    axes.set_xticks(range(0, 101, 20))
-    style(axes, "accuracy (%)", "")
-    axes.grid(visible=False, axis="y")
+    draw_bars(panels["classes"], names, accuracies, accuracies, "accuracy (%)")
     draw_calibration(panels["calibration"], test["calibration"])
     return figure
 
@@ -97,6 +84,18 @@ def draw_heat_map(axes, values, texts, low, high, columns):
     axes.set_xticks(range(len(columns)), columns, rotation=30, ha="right", rotation_mode="anchor")
 
 
+def draw_bars(axes, classes, percentages, best, label):
+    """A bar for each class's percentage, blue and with its number where that is among the best."""
+    colours = [BLUE if value in best else "lightgrey" for value in percentages]
+    numbers = [f"{value:.1f}" if value in best else "" for value in percentages]
+    bars = axes.barh(classes, percentages, color=colours)
+    axes.bar_label(bars, numbers, padding=2, fontsize=8)
+    axes.invert_yaxis()
+    axes.set(xlim=(0, 112), xticks=range(0, 101, 20))  # room for the number of 100
+    style(axes, label, "")
+    axes.grid(visible=False, axis="y")
+
+
 def draw_calibration(axes, calibration):
     """A reliability diagram: how many of the images in each bin of confidence are right."""
     bins = calibration["bins"]
@@ -116,19 +115,13 @@ def draw_calibration(axes, calibration):
 
 def draw_gates(test, title):
     """A Figure of the gates' coefficients a_1 ... a_k of every block, and of the first kernels.
-
-    Of `test`, a history's test metrics, it needs per_class, gates and kernels: KeyError without.
-    Of many convolutions the first are drawn.
-    """
+    Of `test`, a history's test metrics, it needs per_class, gates and kernels: KeyError without. Of
+    many convolutions the first are drawn."""
     gates, banks, names = test["gates"], test["kernels"][:MOST_BANKS], list(test["per_class"])
     k = len(banks)
-    block_height = 0.35 + 0.25 * k
-    bank_height = min(WIDTH / k, 2.6)
-    height = 1.5 + len(gates) * block_height + bank_height
-    figure = start_figure(f"{title}: coefficients of the gates", height)
-    top, bottom = figure.subfigures(
-        2, 1, height_ratios=[height - bank_height - 0.7, bank_height + 0.3]
-    )
+    heights = 0.8 + len(gates) * (0.35 + 0.25 * k), 0.3 + min(WIDTH / k, 2.6)  # inches
+    figure = start_figure(f"{title}: coefficients of the gates", sum(heights) + 0.4)
+    top, bottom = figure.subfigures(2, 1, height_ratios=heights)
     axes = top.subplots(len(gates), 2, squeeze=False, sharey="row", width_ratios=[2, 1])
     for (means, spread), gate in zip(axes, gates):
         draw_coefficients(means, spread, gate, names if gate is gates[-1] else [])
@@ -182,18 +175,16 @@ def tile(kernels):
     scaled = (kernels - low) / (high - low) if high > low else np.full(kernels.shape, 0.5)
     columns = math.ceil(math.sqrt(len(kernels)))
     rows = math.ceil(len(kernels) / columns)
-    cells = np.ones((rows * columns, 4, 4, 3))
-    cells[: len(kernels), :3, :3] = scaled.transpose(0, 2, 3, 1)
-    grid = cells.reshape(rows, columns, 4, 4, 3).swapaxes(1, 2)
-    return grid.reshape(4 * rows, 4 * columns, 3)[:-1, :-1]
+    space = (0, rows * columns - len(kernels)), (0, 0), (0, 1), (0, 1)
+    cells = np.pad(scaled, space, constant_values=1).reshape(rows, columns, 3, 4, 4)
+    return cells.transpose(0, 3, 1, 4, 2).reshape(4 * rows, 4 * columns, 3)[:-1, :-1]
 
 
 def draw_wrong(images, wrong, title):
     """A Figure of misclassified images, uint8 (N, 32, 32, 3), and what the test says of them."""
     rows = max(1, math.ceil(len(wrong) / COLUMNS))
-    figure = start_figure(
-        f"{title}: most confidently wrong (true → predicted, confidence)", 0.5 + 1.5 * rows
-    )
+    title = f"{title}: most confidently wrong (true → predicted, confidence)"
+    figure = start_figure(title, 0.5 + 1.5 * rows)
     for axes in (grid := figure.subplots(rows, COLUMNS, squeeze=False)).flat:
         axes.set_axis_off()
     for axes, image, one in zip(grid.flat, images, wrong):
@@ -207,9 +198,7 @@ def draw_wrong(images, wrong, title):
 
 def draw_predictions(predictions, classes, title):
     """A Figure of (name, photo, what the network saw, probabilities in %) of each photo.
-
-    The two images are arrays (H, W, 3) and (32, 32, 3), the probabilities one of each class.
-    """
+    The two images are arrays (H, W, 3) and (32, 32, 3), the probabilities one of each class."""
     figure = start_figure(title, 0.4 + 1.9 * len(predictions))
     panels = figure.subplots(len(predictions), 3, squeeze=False, width_ratios=[1, 1, 1.4])
     for (photo, seen, bars), (name, image, small, probabilities) in zip(panels, predictions):
@@ -220,14 +209,6 @@ def draw_predictions(predictions, classes, title):
         for axes in (photo, seen):
             axes.set_axis_off()
         best = sorted(probabilities)[-3:]
-        colours = [BLUE if value in best else "lightgrey" for value in probabilities]
-        labels = [f"{value:.1f} %" if value in best else "" for value in probabilities]
-        drawn = bars.barh(classes, probabilities, color=colours)
-        bars.bar_label(drawn, labels, padding=2, fontsize=7)
-        bars.invert_yaxis()
-        bars.set_xlim(0, 120)
-        bars.set_xticks(range(0, 101, 50))
-        bars.xaxis.set_major_formatter(PercentFormatter())
+        draw_bars(bars, classes, probabilities, best, "probability (%)")
         bars.tick_params(labelsize=7)
-        style(bars, "", "")
     return figure

@@ -31,39 +31,41 @@ WATCH_SECONDS = 3  # between two looks at a run
 
 
 def draw_all(args):
-    """Write every picture and the table. Returns whether something could not be read or drawn."""
-    runs, failed = {}, False
+    """Write every picture and the table. Returns what could not be read or drawn, a line each."""
+    runs, problems = {}, []
     for path in args.histories:
         try:
             runs[path] = history.read_history(path)
         except (OSError, ValueError) as error:
-            failed = complain(error)
+            problems.append(error)
     if not runs:
-        return failed
+        return problems
     paths = {id(run): path for path, run in runs.items()}
     rows = history.group(runs.values())
     title = args.title if len(rows) == 1 else None
-    names = [history.name_row(row, paths[id(row[0])].stem) for row in rows]
-    targets = [choose_target(args, paths[id(row[0])], name) for row, name in zip(rows, names)]
-    for target in targets:
-        if targets.count(target) > 1:
+    targets = {}
+    for row in rows:
+        path = paths[id(row[0])]
+        target = choose_target(args, path, history.name_row(row, path.stem))
+        if target in targets:
             raise ValueError(f"{target} would be the picture of two rows: draw them one by one")
-    for row, target in zip(rows, targets):
+        targets[target] = row
+    for target, row in targets.items():
         save(draw_run(row, title), target)
     for path, run in runs.items():
-        failed |= draw_tested(args, path, run, title)
-    first = next(iter(runs))
+        problems += draw_tested(args, path, run, title)
     results = history.tabulate(rows)
     if len(rows) > 1:
+        first = next(iter(runs))
         save(draw_comparison(rows, args.title), choose_target(args, first, "comparison"))
         history.write_text(choose_target(args, first, "results").with_suffix(".md"), results)
     print(results, end="")
-    return failed
+    return problems
 
 
 def draw_tested(args, path, run, title):
-    """Write the pictures of a run's test metrics, those it has. Returns whether that failed."""
-    test, failed = run.get("test", {}), False
+    """Write the pictures of a run's test metrics, those it has. Returns what is wrong with them."""
+    test, problems = run.get("test", {}), []
     for name, draw, needed in (
         ("test", draw_test, {"images", "per_class", "confusion", "calibration"}),
         ("gates", draw_gates, {"per_class", "gates", "kernels"}),
@@ -72,12 +74,11 @@ def draw_tested(args, path, run, title):
             try:
                 figure = draw(test, title or run["name"])
             except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-                failed = complain(
-                    f"{path}: its test metrics are damaged, evaluate it again ({error})"
-                )
+                problem = "its test metrics are damaged, evaluate it again"
+                problems.append(f"{path}: {problem} ({error})")
             else:
                 save(figure, choose_target(args, path, f"{path.stem}-{name}"))
-    return failed
+    return problems
 
 
 def draw_run(row, title=None):
@@ -97,30 +98,17 @@ def draw_run(row, title=None):
 
 def draw_epochs(axes, row, quantity, label):
     """Training and validation of a quantity over the epochs, grey where the two part company."""
-    means = {}
-    for kind, name, colour, shape in (
-        ("train", "training", BLUE, "o-"),
-        ("val", "validation", ORANGE, "s--"),
-    ):
-        series = [[epoch[f"{kind}_{quantity}"] for epoch in run["epochs"]] for run in row]
-        means[kind], low, high = spread(series)
-        epochs = np.arange(1, len(low) + 1)
-        every = max(1, len(epochs) // 15)  # enough to tell the two apart in grey
-        axes.plot(epochs, means[kind], shape, color=colour, markersize=3.5, markevery=every,
-                  linewidth=1.4, label=name)  # fmt: skip
-        if len(row) > 1:
-            axes.fill_between(epochs, low, high, color=colour, alpha=0.3, linewidth=0)
-    train, val = means.values()
+    train = draw_metric(axes, row, f"train_{quantity}", "o-", BLUE, "training")
+    val = draw_metric(axes, row, f"val_{quantity}", "s--", ORANGE, "validation")
+    epochs = np.arange(1, len(train) + 1)
     if len(epochs):
         axes.fill_between(epochs, train, val, color="black", alpha=0.1, linewidth=0, label="gap")
         above = train[-1] >= val[-1]  # so that the two numbers do not overlap
-        for values, colour, upper in ((train, BLUE, above), (val, ORANGE, not above)):
-            axes.annotate(
-                f"{values[-1]:.2f}", (len(values), values[-1]), xytext=(6, 0), color=colour,
-                textcoords="offset points", va="bottom" if upper else "top", fontsize=8,
-            )  # fmt: skip
+        for last, colour, upper in ((train[-1], BLUE, above), (val[-1], ORANGE, not above)):
+            axes.annotate(f"{last:.2f}", (epochs[-1], last), xytext=(6, 0), color=colour,
+                          textcoords="offset points", va="bottom" if upper else "top",
+                          fontsize=8)  # fmt: skip
         axes.legend(frameon=False, fontsize=8)
-        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         axes.margins(y=0.12)  # for the numbers
     else:
         axes.text(0.5, 0.5, "no epoch yet", ha="center", transform=axes.transAxes)
@@ -128,11 +116,25 @@ def draw_epochs(axes, row, quantity, label):
     style(axes, "epoch", label)
 
 
+def draw_metric(axes, row, metric, line, colour, label):
+    """A row's mean metric over the epochs, with a band over its seeds. Returns the means."""
+    means, low, high = spread([[epoch[metric] for epoch in run["epochs"]] for run in row])
+    epochs = np.arange(1, len(means) + 1)
+    every = max(1, len(epochs) // 15)  # enough to tell two lines apart in grey
+    axes.plot(epochs, means, line, color=colour, markersize=3.5, markevery=every, linewidth=1.4,
+              label=label)  # fmt: skip
+    if len(row) > 1:
+        axes.fill_between(epochs, low, high, color=colour, alpha=0.25, linewidth=0)
+    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    return means
+
+
 def draw_batches(axes, batch_losses):
     """The training loss of every batch, and its running mean; of several runs, mean and band."""
     shortest = min(map(len, batch_losses))
     window = min(shortest, max(2, shortest // 50))
-    means, low, high = spread([running_mean(losses, window) for losses in batch_losses])
+    weights = np.full(window, 1 / window)
+    means, low, high = spread([np.convolve(run, weights, "valid") for run in batch_losses])
     middles = np.arange(len(means)) + (window + 1) / 2
     losses = np.concatenate(batch_losses)
     if len(batch_losses) == 1:
@@ -153,20 +155,14 @@ def draw_comparison(rows, title=None):
     """A Figure of all rows: reported beside measured accuracy, and accuracy over the epochs."""
     names = [textwrap.fill(history.name_row(row), 32) for row in rows]
     lines = sum(name.count("\n") + 1 for name in names)
-    dots_height, curves_height = 1.2 + 0.2 * lines, max(3, 0.4 + 0.15 * lines)
-    figure = start_figure(title or "", dots_height + curves_height)
-    parts = figure.subfigures(2, 1, height_ratios=[dots_height, curves_height])
+    heights = 1.2 + 0.2 * lines, max(3, 0.4 + 0.15 * lines)
+    figure = start_figure(title or "", sum(heights))
+    parts = figure.subfigures(2, 1, height_ratios=heights)
     dots, curves = (part.subplots() for part in parts)  # each as wide as its names allow
     draw_dots(dots, rows, names)
-    for name, row, (dash, colour) in zip(names, rows, zip(cycle(DASHES), cycle(COLOURS))):
-        series = [[epoch["val_accuracy"] for epoch in run["epochs"]] for run in row]
-        means, low, high = spread(series)
-        epochs = np.arange(1, len(means) + 1)
-        marker = "o" if len(means) == 1 else None
-        curves.plot(epochs, means, dash, color=colour, linewidth=1.4, marker=marker, label=name)
-        if len(row) > 1:
-            curves.fill_between(epochs, low, high, color=colour, alpha=0.2, linewidth=0)
-    curves.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    for name, row, dash, colour in zip(names, rows, cycle(DASHES), cycle(COLOURS)):
+        marker = "o" if max(len(run["epochs"]) for run in row) == 1 else ""
+        draw_metric(curves, row, "val_accuracy", marker + dash, colour, name)
     curves.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     style(curves, "epoch", "validation accuracy (%)")
     return figure
@@ -194,21 +190,13 @@ def draw_dots(axes, rows, names):
 
 def spread(series):
     """(means, lowest, highest) of several lists of numbers, place by place, as arrays.
-
-    Where some lists have ended they are those of the others.
-    """
+    Where some lists have ended they are those of the others."""
     places = [[v for v in place if v is not None] for place in zip_longest(*series)]
     return [np.array([of(place) for place in places]) for of in (statistics.fmean, min, max)]
 
 
-def running_mean(values, window):
-    """The means of every `window` consecutive values."""
-    sums = np.cumsum([0, *values])
-    return ((sums[window:] - sums[:-window]) / window).tolist()
-
-
 def watch(args):
-    """Draw a run's curves into its file whenever its history changes, until it is finished."""
+    """Draw a run's curves whenever its history changes, until it is finished: no problems."""
     (path,) = args.histories
     run, drawn = {"finished": False}, None
     while not run["finished"]:
@@ -218,17 +206,12 @@ def watch(args):
             save(draw_run([run], args.title), choose_target(args, path, path.stem))
         else:
             time.sleep(WATCH_SECONDS)
+    return []
 
 
 def choose_target(args, path, name):
     """The file that a picture of that name goes to, beside its history unless --out says else."""
     return (args.out or path.parent) / f"{name}.{args.format}"
-
-
-def complain(problem):
-    """Say on stderr what is wrong; True."""
-    print(f"plot.py: error: {problem}", file=sys.stderr)
-    return True
 
 
 def parse_args(argv=None):
@@ -253,12 +236,12 @@ def main(argv=None):
     """Draw or watch what the options say; failures exit with 1 and a line each."""
     args = parse_args(argv)
     try:
-        failed = watch(args) if args.watch else draw_all(args)
+        problems = watch(args) if args.watch else draw_all(args)
     except (OSError, ValueError) as error:
         sys.exit(f"plot.py: error: {error}")
     except KeyboardInterrupt:
-        failed = 0 if args.watch else 130  # to watch ends so
-    sys.exit(failed)
+        sys.exit(0 if args.watch else 130)  # Ctrl-C is how a watch ends
+    sys.exit("\n".join(f"plot.py: error: {problem}" for problem in problems) or 0)
 
 
 if __name__ == "__main__":

@@ -191,10 +191,10 @@ def test_old_test_figures_are_drawn_so_far_as_they_go(history, test, tmp_path):
     assert pictures(tmp_path) == ["row4.png"]
 
 
-def test_damaged_test_figures_are_named_and_the_rest_drawn(history, test, tmp_path, capsys):
+def test_damaged_test_figures_are_named_and_the_rest_drawn(history, test, tmp_path):
     damaged = test | {"confusion": "?", "kernels": []}
-    assert draw(*save(tmp_path, history | {"test": damaged})) == 1
-    assert "its test metrics are damaged, evaluate it again" in capsys.readouterr().err
+    problems = draw(*save(tmp_path, history | {"test": damaged}))
+    assert problems.count("its test metrics are damaged, evaluate it again") == 2
     assert (tmp_path / "row4.png").exists()
 
 
@@ -239,10 +239,9 @@ def test_only_one_run_is_watched(capsys):
 @pytest.mark.parametrize(
     "wrong", [{"reported": "61"}, {"reported": 10**400}, {"test": {}}, {"test": []}]
 )
-def test_figures_that_are_no_numbers_are_refused(history, tmp_path, capsys, wrong):
+def test_figures_that_are_no_numbers_are_refused(history, tmp_path, wrong):
     (tmp_path / "row4.json").write_text(json.dumps(history | wrong))
-    assert draw(tmp_path / "row4.json") == 1
-    assert "is no number" in capsys.readouterr().err
+    assert "is no number" in draw(tmp_path / "row4.json")
 
 
 def test_pictures_and_table_are_written_beside_the_histories(history, tmp_path, capsys):
@@ -252,10 +251,9 @@ def test_pictures_and_table_are_written_beside_the_histories(history, tmp_path, 
     assert (tmp_path / "results.md").read_text() in capsys.readouterr().out
 
 
-def test_one_bad_history_does_not_keep_the_others_from_being_drawn(history, tmp_path, capsys):
+def test_one_bad_history_does_not_keep_the_others_from_being_drawn(history, tmp_path):
     (tmp_path / "bad.json").write_text("{}")
-    assert draw(tmp_path / "bad.json", *save(tmp_path, history)) == 1
-    assert "bad.json" in capsys.readouterr().err
+    assert "bad.json" in draw(tmp_path / "bad.json", *save(tmp_path, history))
     assert (tmp_path / "row4.png").exists()
 
 
