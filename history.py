@@ -38,32 +38,25 @@ def read_history(path):
 
 def _find_problem(history):
     """What keeps a parsed file from being a history, in a few words; None where nothing does."""
-    if not isinstance(history, dict):
-        return "it is not an object"
     kinds = {"name": str, "config": dict, "epochs": list, "batch_losses": list, "finished": bool}
     for key, kind in kinds.items():
-        if not isinstance(history.get(key), kind):
+        if not isinstance(_get(history, key), kind):
             return f"{key!r} is missing or no {kind.__name__}"
+    reported, test = history.setdefault("reported", None), history.get("test", {"accuracy": 0})
+    numbers = {"'reported'": 0 if reported is None else reported}
+    numbers |= {"its test accuracy": _get(test, "accuracy")}
+    numbers |= {f"the loss of batch {n}": v for n, v in enumerate(history["batch_losses"], start=1)}
     for number, epoch in enumerate(history["epochs"], start=1):
-        for metric in EPOCH_METRICS:
-            if not isinstance(epoch, dict) or not _is_number(epoch.get(metric)):
-                return f"epoch {number} has no number {metric!r}"
-    if not all(map(_is_number, history["batch_losses"])):
-        return "'batch_losses' holds something that is not a number"
-    if not isinstance(history["config"].get("seed", 0), int):
-        return "its seed is no integer"
-    if history.setdefault("reported", None) is not None and not _is_number(history["reported"]):
-        return "'reported' is no number"
-    test = history.get("test", {"accuracy": 0})
-    if not isinstance(test, dict) or not _is_number(test.get("accuracy")):
-        return "its test accuracy is no number"
-    return None
+        numbers |= {f"{name!r} of epoch {number}": _get(epoch, name) for name in EPOCH_METRICS}
+    for what, value in numbers.items():  # an integer of JSON may be longer than any float
+        if type(value) not in (int, float) or abs(value) > 1e300:
+            return f"{what} is no number"
+    return None if isinstance(history["config"].get("seed", 0), int) else "its seed is no integer"
 
 
-def _is_number(value):
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return False
-    return abs(value) < 1e300  # an integer of JSON may be longer than any float
+def _get(mapping, key):
+    """The value of a key; None where it is missing, or where there is no mapping."""
+    return mapping.get(key) if isinstance(mapping, dict) else None
 
 
 def write_history(path, history):
@@ -78,9 +71,7 @@ def write_text(path, text):
 
 def write_atomically(path, write):
     """Let write(file) fill a file beside `path`, then rename it: readers see the old or the new.
-
-    OSError leaves what was at `path` in place.
-    """
+    OSError leaves what was at `path` in place."""
     part = Path(f"{path}.{os.getpid()}.part")  # another process may be writing the same file
     try:
         with open(part, "wb") as file:
@@ -100,9 +91,7 @@ def hyperparameters(config):
 
 def refuse_other_options(before, now, path):
     """ValueError if two configs have other hyperparameters; it names them.
-
-    A run without a schedule may have more epochs: it is the same as far as it has come.
-    """
+    A run without a schedule may have more epochs: it is the same as far as it has come."""
     before, now = hyperparameters(before), hyperparameters(now)
     differ = [key for key in now if before.get(key) != now[key]]
     longer = differ == ["epochs"] and now["epochs"] > before["epochs"]
@@ -110,23 +99,18 @@ def refuse_other_options(before, now, path):
         return
     differences = ", ".join(f"{key} {before.get(key)} (now {now[key]})" for key in differ)
     reason = f"; its {now['schedule']} schedule depends on the number of epochs" if longer else ""
-    raise ValueError(
-        f"{path} was made with other options, {differences}{reason}: give those, another --name or "
-        "--out, or --overwrite"
-    )
+    raise ValueError(f"{path} was made with other options, {differences}{reason}: give those, "
+                     "another --name or --out, or --overwrite")  # fmt: skip
 
 
 def group(histories):
     """Histories grouped into rows: lists of runs of one reported figure, alike but for the seed.
-
-    A seed that is there twice counts once.
-    """
+    A seed that is there twice counts once."""
     rows = {}
     for history in histories:
-        options = hyperparameters(history["config"])
-        options |= {"seed": None, "reported": history["reported"]}
-        row = rows.setdefault(json.dumps(options, sort_keys=True), {})
-        row.setdefault(history["config"].get("seed", 0), history)
+        options = hyperparameters(history["config"]) | {"seed": None}
+        key = json.dumps([options, history["reported"]], sort_keys=True)
+        rows.setdefault(key, {}).setdefault(history["config"].get("seed", 0), history)
     return [[row[seed] for seed in sorted(row)] for row in rows.values()]
 
 
@@ -143,9 +127,7 @@ def choose_settled(row):
 
 def last_accuracies(row):
     """The accuracies (%) that a row's settled runs end with: evaluate.py's, else the last epoch's.
-
-    A run without an epoch has none.
-    """
+    A run without an epoch has none."""
     return [
         run["test"]["accuracy"] if "test" in run else run["epochs"][-1]["val_accuracy"]
         for run in choose_settled(row)
@@ -175,11 +157,8 @@ def tabulate(rows):
     widths = [max(map(len, column)) for column in zip(*lines)]
     rule = ["-" * width for width in widths[:2]] + ["-" * (width - 1) + ":" for width in widths[2:]]
     lines.insert(1, rule)
-    table = ""
-    for line in lines:
-        cells = [*map(str.ljust, line[:2], widths), *map(str.rjust, line[2:], widths[2:])]
-        table += f"| {' | '.join(cells)} |\n"
-    return table
+    formats = [f"<{width}" for width in widths[:2]] + [f">{width}" for width in widths[2:]]
+    return "".join(f"| {' | '.join(map(format, line, formats))} |\n" for line in lines)
 
 
 def _make_cells(row):
@@ -222,21 +201,18 @@ def format_epoch(epoch, epochs):
 
 def format_seconds(seconds):
     """Seconds as 4.2s, 3m20s or 2h05m."""
-    if seconds < 10:
-        return f"{seconds:.1f}s"
-    minutes, seconds = divmod(round(seconds), 60)
-    if minutes == 0:
-        return f"{seconds}s"
+    minutes, rest = divmod(round(seconds), 60)
+    if not minutes:
+        return f"{seconds:.1f}s" if seconds < 10 else f"{rest}s"
     hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s"
+    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{rest:02}s"
 
 
 def make_parser(doc):
     """A script's argument parser: its module docstring as the manual, every default in --help."""
     summary, _, manual = doc.partition("\n")
-    return argparse.ArgumentParser(
-        description=summary, epilog=manual, formatter_class=HelpFormatter, allow_abbrev=False
-    )
+    return argparse.ArgumentParser(description=summary, epilog=manual, allow_abbrev=False,
+                                   formatter_class=HelpFormatter)  # fmt: skip
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

@@ -205,10 +205,10 @@ HEAD = b'{"name": "x", "config": {}, "finished": true, '
     "content, message",
     [
         (b"not JSON", "is not JSON"), (b"\xff\xfe\x00", "is not JSON"), (b'{"name": NaN}', "NaN"),
-        (b"[1, 2]", "it is not an object"), (b"{}", "'name' is missing"),
-        (HEAD + b'"epochs": [{}], "batch_losses": []}', "epoch 1 has no number 'lr'"),
+        (b"[1, 2]", "'name' is missing or no str"), (b"{}", "'name' is missing"),
+        (HEAD + b'"epochs": [{}], "batch_losses": []}', "'lr' of epoch 1 is no number"),
         (HEAD + b'"epochs": [], "batch_losses": ["a"]}',
-         "'batch_losses' holds something that is not a number"),
+         "the loss of batch 1 is no number"),
     ],
 )  # fmt: skip
 def test_a_wrong_history_is_refused(content, message, places, refused):
