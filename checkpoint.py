@@ -27,9 +27,7 @@ OLD_FORMAT = "gated multi-convolution checkpoint 1"  # had no digest
 
 def write_checkpoint(path, config, weights, **more):
     """Save a model's weights (its state_dict), its config and what else is given.
-
-    OSError as the disk says; what was at `path` then stays.
-    """
+    OSError as the disk says; what was at `path` then stays."""
     checkpoint = {"format": FORMAT, "config": config, "weights": weights} | more
     checkpoint["digest"] = compute_digest(checkpoint)
     try:
@@ -41,10 +39,8 @@ def write_checkpoint(path, config, weights, **more):
 
 def load_checkpoint(path):
     """What write_checkpoint saved at `path`: a dict with `config`, `weights` and the rest.
-
     No code in the file is run, and its digest has to be that of what is loaded. OSError or
-    ValueError say what is wrong with it.
-    """
+    ValueError say what is wrong with it."""
     path = Path(path)
     path.open("rb").close()  # missing or unreadable is told as that
     try:
@@ -71,8 +67,7 @@ def compute_digest(value, sha=None):
     sha = sha or hashlib.sha256()
     if isinstance(value, torch.Tensor):
         sha.update(f"{value.dtype} {tuple(value.shape)}".encode())
-        value = value.detach().cpu().contiguous().flatten()
-        sha.update(value.view(torch.uint8).numpy())
+        sha.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     elif isinstance(value, dict):
         for part in chain(*value.items()):
             compute_digest(part, sha)
@@ -108,9 +103,7 @@ def rebuild(checkpoint, path):
 @contextlib.contextmanager
 def claim(out, name):
     """Keep other processes from training a run of this name in this folder: ValueError if one does.
-
-    The claim ends with the process, however that ends; its file .NAME.lock stays.
-    """
+    The claim ends with the process, however that ends; its file .NAME.lock stays."""
     out.mkdir(parents=True, exist_ok=True)
     with open(out / f".{name}.lock", "w") as lock:
         try:
@@ -126,20 +119,15 @@ def claim(out, name):
 
 def find(out, config):
     """The history and the saved state that a run of this config goes on from; None for either.
-
     ValueError if the name is taken, by a run with other options or by this one and `resume` is not
-    among them, or if files are missing.
-    """
-    history_path, weights, state = (
-        out / (config["name"] + suffix) for suffix in (".json", ".pt", ".state.pt")
-    )
-    if config["overwrite"] or not any(path.exists() for path in (history_path, weights, state)):
+    among them, or if files are missing."""
+    paths = [out / (config["name"] + suffix) for suffix in (".json", ".pt", ".state.pt")]
+    history_path, weights, state = paths
+    if config["overwrite"] or not any(path.exists() for path in paths):
         return None, None
     if not config["resume"]:
-        raise ValueError(
-            f"{out / config['name']} exists: go on with it by --resume, replace it by --overwrite, "
-            "or give another --name"
-        )
+        raise ValueError(f"{out / config['name']} exists: go on with it by --resume, replace it by "
+                         "--overwrite, or give another --name")  # fmt: skip
     history = read_history(history_path) if history_path.exists() else None
     if history:
         refuse_other_options(history["config"], config, history_path)

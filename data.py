@@ -39,10 +39,9 @@ EVALUATION_BATCH = 250  # images
 
 def load(dataset, data_dir="data", train=True):
     """The training or test images of a data set, as a TensorDataset.
-
     Its tensors are images, uint8 (N, 3, 32, 32), and labels, int64 (N,). CIFAR-10 is downloaded
-    into data_dir where it is missing; OSError says what is wrong if that fails. "shapes" is drawn.
-    """
+    into data_dir where it is missing; OSError says what is wrong if that fails. "shapes" is
+    drawn."""
     if dataset == "shapes":
         return draw_shapes(10_000, seed=0) if train else draw_shapes(1_000, seed=1)
     cifar10 = _read_cifar10(Path(data_dir), train)
@@ -52,10 +51,8 @@ def load(dataset, data_dir="data", train=True):
 
 def load_both(dataset, data_dir="data", holdout=0, limit=None, device="cpu"):
     """(training, validation) images of a data set on the device, TensorDatasets as `load` gives.
-
     Validation is on the test images, or on `holdout` of the training images; `limit` is how many
-    are trained on. ValueError if there are not as many.
-    """
+    are trained on. ValueError if there are not as many."""
     train_set = load(dataset, data_dir)
     if holdout:
         train_set, validation_set = hold_out(train_set, holdout)
@@ -88,16 +85,12 @@ def _read_cifar10(data_dir, train):
 
 def hold_out(dataset, count):
     """Split off `count` images for validation: the last of each class, the same number of each.
-
-    Returns (the rest, the held-out), TensorDatasets. ValueError if that is not possible.
-    """
+    Returns (the rest, the held-out), TensorDatasets. ValueError if that is not possible."""
     images, labels = dataset.tensors
     per_class, remainder = divmod(count, 10)
     if remainder or per_class >= labels.bincount(minlength=10).min():
-        raise ValueError(
-            f"--holdout {count}: not a multiple of the 10 classes that leaves each of them images "
-            f"to train on ({len(labels)} training images)"
-        )
+        raise ValueError(f"--holdout {count}: not a multiple of the 10 classes that leaves each of "
+                         f"them images to train on ({len(labels)} training images)")  # fmt: skip
     held = torch.zeros(len(labels), dtype=torch.bool)
     for label in range(10):
         members = (labels == label).nonzero().flatten()
@@ -107,21 +100,17 @@ def hold_out(dataset, count):
 
 def stream(seed, *position):
     """A seed for the random numbers of one place in a run, such as (epoch, step).
-
-    All randomness of a run is drawn from such seeds, so that to resume it needs no random state.
-    """
+    All randomness of a run is drawn from such seeds, so that to resume it needs no random state."""
     return random.Random(" ".join(map(str, (seed, *position)))).getrandbits(32)
 
 
-def batches(dataset, name, batch_size, device="cpu", seed=None, epoch=0, start=0, augment=(),
-            share=slice(None)):  # fmt: skip
+def batches(dataset, name, batch_size=EVALUATION_BATCH, device="cpu", seed=None, epoch=0, start=0,
+            augment=(), share=slice(None)):  # fmt: skip
     """Yield (images, labels) of a TensorDataset on the device, from batch number `start` on.
-
     images is float32 (N, 3, 32, 32), normalised for the data set `name`; labels is int64 (N,). With
     a seed every epoch has a shuffle of its own and `augment` (of AUGMENTATIONS) applies; without
     one the order is the data set's. The last batch may be smaller. Of several processes each takes
-    its share of every batch, a slice.
-    """
+    its share of every batch, a slice."""
     device = torch.device(device)
     images, labels = (tensor.to(device) for tensor in dataset.tensors)
     order = torch.arange(len(dataset))
@@ -140,9 +129,7 @@ def batches(dataset, name, batch_size, device="cpu", seed=None, epoch=0, start=0
 
 def normalise(images, name):
     """uint8 images (N, 3, H, W) as networks of the data set `name` take them: float32, normalised.
-
-    The result is on the images' device.
-    """
+    The result is on the images' device."""
     scale, shift = _scale_and_shift(name, images.device)
     return images.float().mul_(scale).add_(shift)
 
@@ -155,10 +142,8 @@ def _scale_and_shift(name, device):
 
 def augment_batch(images, augment, generator):
     """Whole-batch augmentation of uint8 images (N, 3, H, W), each image drawn on its own.
-
     "crop" pads by 4 black pixels and cuts H x W out at random; "flip" mirrors half of the images;
-    "cutout" blackens an 8x8 square around a random pixel (DeVries and Taylor 2017).
-    """
+    "cutout" blackens an 8x8 square around a random pixel (DeVries and Taylor 2017)."""
     (count, _, height, width), device = images.shape, images.device
     if "crop" in augment:
         padded = F.pad(images, (CROP_PADDING,) * 4)
@@ -181,9 +166,7 @@ def augment_batch(images, augment, generator):
 
 def draw_shapes(count, seed):
     """`count` images of ten classes of shapes at random places, sizes, angles and colours.
-
-    The same for the same seed. Returns a TensorDataset like load's.
-    """
+    The same for the same seed. Returns a TensorDataset like load's."""
     generator = torch.Generator().manual_seed(seed)
 
     def uniform(low, high, *shape):

@@ -4,7 +4,6 @@ torchrun starts several processes with an environment of their own: RANK is the 
 WORLD_SIZE how many there are. One process alone is number 0 of 1.
 """
 
-import contextlib
 import ctypes
 import os
 import platform
@@ -26,10 +25,8 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 def choose_device(name="auto"):
-    """The torch.device of that name, the process prepared to compute there fast.
-
-    "auto" is CUDA where there is one, else the CPU. ValueError if there is no such device.
-    """
+    """The torch.device of that name; this process computes there fast, one of WORLD_SIZE.
+    "auto" is CUDA where there is one, else the CPU. ValueError if there is no such device."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cpu":
@@ -43,6 +40,9 @@ def choose_device(name="auto"):
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")
+        torch.cuda.set_device(device)
+    if WORLD_SIZE > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return device
 
 
@@ -69,10 +69,8 @@ def autocast(device, precision="auto"):
 
 def has_bfloat16():
     """Whether this CPU has instructions for bfloat16 products and PyTorch's oneDNN may use them.
-
     They are AVX512_BF16 (every CPU with AMX has it, too) or Arm's BF16. Without them convolutions
-    in bfloat16 are up to 16 times slower than in float32 (pytorch issues 118499, 183815).
-    """
+    in bfloat16 are up to 16 times slower than in float32 (pytorch issues 118499, 183815)."""
     if torch.backends.cpu.get_cpu_capability() == "AVX2":  # ATEN_CPU_CAPABILITY says so
         return False
     if platform.machine() in ("x86_64", "AMD64") and not torch.cpu._is_avx512_bf16_supported():
@@ -82,10 +80,8 @@ def has_bfloat16():
 
 def keep_memory():
     """Let this process keep the memory that tensors free, in huge pages, for the next ones.
-
     By default glibc gives every tensor above 32 MiB back to Linux, which then clears it anew page
-    by page: 40 % of a training step of the report's final model on two cores.
-    """
+    by page: 40 % of a training step of the report's final model on two cores."""
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # PyTorch reads it at its first tensor
     if platform.libc_ver()[0] == "glibc":
         malloc = ctypes.CDLL(None)
@@ -101,21 +97,10 @@ def environment(device, precision):
     except OSError:  # no git on this machine
         commit = None
     return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "device": describe(device),
-        "precision": precision_on(device, precision),
-        "commit": commit or None,
-    }
-
-
-def join(device):
-    """Become one of WORLD_SIZE processes: nccl connects CUDA devices, gloo all others."""
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if WORLD_SIZE > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        "python": platform.python_version(), "torch": torch.__version__,
+        "torchvision": torchvision.__version__, "device": describe(device),
+        "precision": precision_on(device, precision), "commit": commit or None,
+    }  # fmt: skip
 
 
 def wait():
@@ -129,16 +114,6 @@ def leave():
     wait()
     if WORLD_SIZE > 1:
         dist.destroy_process_group()
-
-
-@contextlib.contextmanager
-def first_process_first():
-    """What the first process does here, the others do after it."""
-    if RANK > 0:
-        wait()
-    yield
-    if RANK == 0:
-        wait()
 
 
 def add_up(tensor):
@@ -159,9 +134,7 @@ def agree(number, device):
 
 def distribute(model):
     """The model as one of several processes trains it: gradients are averaged over them.
-
-    The batch norms of the model itself take the statistics of all processes from now on.
-    """
+    The batch norms of the model itself take the statistics of all processes from now on."""
     if WORLD_SIZE == 1:
         return model
     for module in model.modules():
@@ -197,6 +170,4 @@ class AddUp(torch.autograd.Function):
     def forward(ctx, tensor):
         return add_up(tensor.clone())
 
-    @staticmethod
-    def backward(ctx, grad):
-        return add_up(grad.contiguous().clone())
+    backward = forward

@@ -22,7 +22,7 @@ from PIL import Image, ImageOps
 
 import gallery
 from checkpoint import load_checkpoint, rebuild
-from data import CLASSES, EVALUATION_BATCH, batches, load, normalise
+from data import CLASSES, batches, load, normalise
 from device import PRECISIONS, WORLD_SIZE, autocast, choose_device
 from history import make_parser, read_history, write_history
 from model import IMAGE_SIZE, predict
@@ -36,14 +36,14 @@ PHOTO = 256  # pixels, the longer side of a photo as it is drawn
 
 def evaluate(args):
     """Test args.checkpoint: print its metrics, add them to the history beside it, draw errors."""
-    config, model, device, precision = open_checkpoint(args)
     history_path = args.checkpoint.with_suffix(".json")
     history = read_history(history_path) if history_path.exists() else None
-    if args.once and (config["holdout"] or (history and "test" in history)):
+    if args.once and history and ("test" in history or history["config"].get("holdout")):
         return
+    config, model, device, precision = open_checkpoint(args)
     dataset = config["dataset"]
     images = load(dataset, args.data_dir or config["data_dir"], train=False)
-    loader = list(batches(images, dataset, EVALUATION_BATCH, device))
+    loader = list(batches(images, dataset, device=device))
     metrics = measure(model, loader, precision, CLASSES[dataset], args.tta)
 
     for name, accuracy in metrics["per_class"].items():
@@ -67,7 +67,7 @@ def open_checkpoint(args):
     device = choose_device(args.device)
     checkpoint = load_checkpoint(args.checkpoint)
     model = rebuild(checkpoint, args.checkpoint)
-    config = {"holdout": 0, "data_dir": "data", "precision": "auto"} | checkpoint["config"]
+    config = {"data_dir": "data", "precision": "auto"} | checkpoint["config"]
     if config.get("dataset") not in list(CLASSES) or config["precision"] not in PRECISIONS:
         raise ValueError(f"{args.checkpoint} is of an unknown data set or precision")
     precision = config["precision"] if args.precision == "auto" else args.precision
@@ -76,16 +76,12 @@ def open_checkpoint(args):
 
 def measure(model, loader, precision, classes, tta=False):
     """All test metrics that a history keeps of a model on a list of batches.
-
-    With `tta` also the accuracy and the loss that test-time augmentation gives.
-    """
+    With `tta` also the accuracy and the loss that test-time augmentation gives."""
     with keep_coefficients(model) as kept:
         logits, labels = predict(model, loader, precision)
     metrics = measure_predictions(logits, labels, classes)
-    metrics["gates"] = [
-        {"block": name} | measure_gate(torch.cat(coefficients), labels, classes)
-        for name, coefficients in kept.items()
-    ]
+    gates = {name: measure_gate(torch.cat(parts), labels, classes) for name, parts in kept.items()}
+    metrics["gates"] = [{"block": name} | gate for name, gate in gates.items()]
     block = model.backbone[0]
     kernels = block.convs.weight.unflatten(0, (block.k, block.out_channels))
     metrics["kernels"] = kernels.double().round(decimals=4).tolist()
@@ -98,10 +94,8 @@ def measure(model, loader, precision, classes, tta=False):
 
 def measure_predictions(logits, labels, classes):
     """Metrics of logits (N, 10) against labels (N,), as train.py's history keeps them.
-
     Accuracies, confidences and the calibration error are percentages; the confusion matrix counts,
-    its rows are the true classes.
-    """
+    its rows are the true classes."""
     percentages = compute_percentages(logits)
     pairs = labels * len(classes) + logits.argmax(1)
     confusion = pairs.bincount(minlength=len(classes) ** 2).view(len(classes), len(classes))
@@ -120,21 +114,17 @@ def measure_predictions(logits, labels, classes):
 
 def measure_calibration(percentages, labels):
     """The expected calibration error ("ece") of probabilities (N, 10), and the bins it is from.
-
-    Each bin has the mean confidence and the accuracy of its images, None if it has no image: all
-    in per cent. A confidence between two bins belongs to the lower one.
-    """
+    Each bin has the mean confidence and the accuracy of its images, None if it has no image: all in
+    per cent. A confidence between two bins belongs to the lower one."""
     confidence, predicted = percentages.max(1)
     correct = 100.0 * (predicted == labels)
     places = (confidence * BINS / 100).ceil().clamp(1, BINS) - 1
-    bins, error = [], 0
-    for place in range(BINS):
-        inside = places == place
-        count = inside.sum().item()
-        means = [v[inside].mean().item() if count else None for v in (confidence, correct)]
-        bins.append(dict(zip(("confidence", "accuracy"), means)) | {"count": count})
-        error += count and count * abs(means[0] - means[1])
-    return {"bins": bins, "ece": error / len(labels)}
+    bins = []
+    for inside in places == torch.arange(BINS, device=places.device)[:, None]:
+        means = [v[inside].mean().item() if inside.any() else None for v in (confidence, correct)]
+        bins.append(dict(zip(("confidence", "accuracy"), means)) | {"count": inside.sum().item()})
+    gaps = [b["count"] * abs(b["confidence"] - b["accuracy"]) for b in bins if b["count"]]
+    return {"bins": bins, "ece": sum(gaps) / len(labels)}
 
 
 def find_most_wrong(percentages, labels, classes):
@@ -163,13 +153,11 @@ def measure_gate(coefficients, labels, classes):
 @contextlib.contextmanager
 def keep_coefficients(model):
     """A list of each block, by name, that the (N, k) coefficients of every batch are added to."""
-    blocks = model.backbone.blocks()
-    kept = {name: [] for name in blocks}
-
-    def keep(name):
-        return lambda gate, inputs, output: kept[name].append(output)
-
-    hooks = [block.gate.register_forward_hook(keep(name)) for name, block in blocks.items()]
+    kept, hooks = {}, []
+    for name, block in model.backbone.blocks().items():
+        keep = kept[name] = []
+        hook = block.gate.register_forward_hook(lambda *call, keep=keep: keep.append(call[-1]))
+        hooks.append(hook)
     yield kept
     for hook in hooks:
         hook.remove()
@@ -223,9 +211,7 @@ def classify(args):
 
 def read_photo(path):
     """The image in a file, upright and over white: a PIL image of mode RGB.
-
-    Of an animation it is the first frame. ValueError says why there is none.
-    """
+    Of an animation it is the first frame. ValueError says why there is none."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -246,16 +232,12 @@ def parse_args(argv=None):
     parser = make_parser(__doc__)
     add = parser.add_argument
     add("checkpoint", type=Path, help="runs/NAME.pt; metrics go to runs/NAME.json")
-    add("--image", type=Path, nargs="+", metavar="FILE",
-        help="classify these photos; None: test on the test images")  # fmt: skip
-    add("--tta", action="store_true",
-        help="test-time augmentation: mean logits of an image and its mirror image")  # fmt: skip
-    add("--once", action="store_true",
-        help="no test where runs/NAME.json has one, or where the run held images out")  # fmt: skip
+    add("--image", type=Path, nargs="+", metavar="FILE", help="classify photos; None: test")
+    add("--tta", action="store_true", help="test-time augmentation, by mirror images, as well")
+    add("--once", action="store_true", help="no second test, and none of runs with held-out images")
     add("--data-dir", help="where CIFAR-10 is; None: where it was for training")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps ...")
-    add("--precision", choices=PRECISIONS, default="auto",
-        help="of the forward pass; auto: that of training")  # fmt: skip
+    add("--precision", choices=PRECISIONS, default="auto", help="auto: that of training")
     args = parser.parse_args(argv)
     if WORLD_SIZE > 1:
         parser.error(f"one process tests, not {WORLD_SIZE}: start it without torchrun")

@@ -39,13 +39,11 @@ DEFAULTS = {
 
 class Block(nn.Module):
     """k gated 3x3 convolutions (stride 1, padding 1) of one input, summed, then ReLU if `relu`.
-
     (N, in_channels, H, W) -> (N, out_channels, H, W). `mix` says how the sum is formed: "outputs"
     convolves k times and weights the outputs, as the report writes it; "kernels" weights an image's
     kernels and convolves it once, which gives the same; "auto" is the faster one for images of
     `size` x `size`. `norm` "batch" normalises the sum before the ReLU (Ioffe and Szegedy 2015);
-    `residual` adds the input to the output where the channels are as many (He et al. 2016).
-    """
+    `residual` adds the input to the output where the channels are as many (He et al. 2016)."""
 
     def __init__(self, in_channels, out_channels, k, gate="softmax", relu=True, mix="auto",
                  norm="none", residual=False, size=IMAGE_SIZE):  # fmt: skip
@@ -106,10 +104,8 @@ class Block(nn.Module):
 
 class Backbone(nn.Sequential):
     """One Block per entry of `arch`, its output channels; they are the next block's input channels.
-
     (N, 3, 32, 32) -> (N, arch[-1], size, size). `downsample` halves the images by max pooling
-    between two blocks wherever the number of channels changes; else their size stays.
-    """
+    between two blocks wherever the number of channels changes; else their size stays."""
 
     def __init__(self, arch, downsample=False, **block_options):
         super().__init__()
@@ -128,10 +124,8 @@ class Backbone(nn.Sequential):
 
 class Classifier(nn.Sequential):
     """Average pool, then `fc` linear layers with ReLU and dropout after each hidden one.
-
     (N, in_channels, size, size) -> logits (N, 10). `pool` is "adaptive", AdaptiveAvgPool2d(8), an
-    8x8 grid; or "avg", AvgPool2d(8), a 4x4 grid of 32x32. Where size is below 8, it is the 8.
-    """
+    8x8 grid; or "avg", AvgPool2d(8), a 4x4 grid of 32x32. Where size is below 8, it is the 8."""
 
     def __init__(self, in_channels, size=IMAGE_SIZE, pool="adaptive", fc=1, hidden=4096, dropout=0):
         cells = min(GRID, size)
@@ -150,9 +144,7 @@ class Classifier(nn.Sequential):
 
 def build_model(options):
     """The network of a dict of options, DEFAULTS for those it lacks; it may hold others.
-
-    Returns an nn.Sequential of `backbone` and `classifier`: (N, 3, 32, 32) -> logits (N, 10).
-    """
+    Returns an nn.Sequential of `backbone` and `classifier`: (N, 3, 32, 32) -> logits (N, 10)."""
     given = DEFAULTS | {name: options[name] for name in DEFAULTS.keys() & options.keys()}
     of_blocks = {name: given[name] for name in ("k", "gate", "norm", "residual", "mix")}
     backbone = Backbone(given["arch"], given["downsample"], relu=given["block_relu"], **of_blocks)
@@ -185,10 +177,8 @@ def predict(model, batches, autocast):
 
 def costs(model):
     """(name, parameters, MACs, MACs if mixed) of each part of a network and of the whole.
-
     MACs are multiply-accumulates per image (forward): of k convolutions, and of mixed kernels;
-    normalisation and pooling are not counted.
-    """
+    normalisation and pooling are not counted."""
     rows = []
     for name, part in [*model.backbone.blocks().items(), ("classifier", model.classifier)]:
         parameters = sum(weights.numel() for weights in part.parameters())
@@ -207,13 +197,11 @@ def tabulate_costs(rows, mixes):
 
 class MixedConvolution(torch.autograd.Function):
     """conv(images[n], sum_i a[n, i] kernels[i]) + sum_i a[n, i] biases[i] of every image n.
-
-    images (N, C, H, W), coefficients a (N, k), kernels (k, O, C, 3, 3) and biases (k, O) give
-    (N, O, H, W). A few images are done at a time, and their mixed kernels not kept for the backward
+    images (N, C, H, W), coefficients a (N, k), kernels (k, O, C, 3, 3) and biases (k, O) give (N,
+    O, H, W). A few images are done at a time, and their mixed kernels not kept for the backward
     pass: those of all images would be larger than the images. The gradient of the images is itself
     a convolution, by the kernels turned round; oneDNN is faster at that than at its own backward
-    (88 % against 69 % of the peak rate, 256 to 512 channels, two AVX-512 cores).
-    """
+    (88 % against 69 % of the peak rate, 256 to 512 channels, two AVX-512 cores)."""
 
     @staticmethod
     def forward(ctx, images, coefficients, kernels, biases):
@@ -253,9 +241,7 @@ class MixedConvolution(torch.autograd.Function):
 
 def _in_chunks(kernels, *tensors):
     """The tensors (N, ...) in chunks of images that stay in the cache with kernels and outputs.
-
-    In float32 that is 20 MB (12 to 36 MB are about as fast), in bfloat16 40 MB (30 to 90 MB).
-    """
+    In float32 that is 20 MB (12 to 36 MB are about as fast), in bfloat16 40 MB (30 to 90 MB)."""
     _, outputs, inputs, *_ = kernels.shape
     numbers = kernels[0].numel() + (inputs + outputs) * tensors[0][0, 0].numel()
     limit = 40_000_000 if kernels.dtype == torch.bfloat16 else 20_000_000  # bytes

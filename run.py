@@ -4,6 +4,7 @@ train.py shows how it is used. All randomness of a run is drawn from (seed, epoc
 state holds no generators and a run may stop after any batch.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -25,19 +26,13 @@ LOOK_EVERY = 16  # batches, where reading a loss makes the CPU wait for the devi
 
 
 class Stop(Exception):
-    """A run ends before its last epoch: the reason, and the exit code for it."""
-
-    def __init__(self, reason, code=1):
-        super().__init__(reason)
-        self.code = code
+    """A run ends before its last epoch: `args` are the reason and the exit code for it."""
 
 
 class Run:
     """How far a run has come, its history, and its files runs/NAME.json, .pt and .state.pt.
-
     `epoch` and `step` count those that are done; `sizes` are the images of each batch of an epoch.
-    Of several processes the first alone writes and prints.
-    """
+    Of several processes the first alone writes and prints."""
 
     def __init__(self, args):
         """Find the run of these options: ValueError as `find` says; Stop if nothing is to do."""
@@ -49,7 +44,7 @@ class Run:
                 self._remove(".state.pt")  # a kill may have left it
             self.history |= {"name": args.name, "reported": args.reported}
             self._write_history()
-            raise Stop(f"{self.path('.json')} is finished: nothing to do", code=0)
+            raise Stop(f"{self.path('.json')} is finished: nothing to do", 0)
 
     def path(self, suffix):
         """The file of this run with that suffix."""
@@ -62,11 +57,9 @@ class Run:
 
     def start(self, parts, facts, images, device):
         """Bring the parts, things with a state_dict, to where they were saved; begin the files.
-
         The part "weights" is the model; a part may be None. `facts` go into the history:
         environment, parameters, macs. `images` is how many an epoch has. ValueError if what was
-        saved does not fit the parts.
-        """
+        saved does not fit the parts."""
         batch = self.args.batch_size
         self.sizes = [min(batch, images - first) for first in range(0, images, batch)]
         self.device, self.parts = device, parts
@@ -114,14 +107,11 @@ class Run:
 
     def after_batch(self, loss, correct, lr):
         """Note a batch's loss, right predictions and learning rate; save or stop if it is time to.
-
         `loss` and `correct` are tensors of one number, of this process's share of the batch. Stop:
-        the loss is NaN or infinite, or a signal came.
-        """
+        the loss is NaN or infinite, or a signal came."""
         self.metrics[self.step] = add_up(torch.stack([loss.detach(), correct]))
         self.step, self.lr = self.step + 1, lr
-        last = self.step == len(self.sizes)
-        if self.device.type == "cpu" or last or self.step % LOOK_EVERY == 0:
+        if self.device.type == "cpu" or self.step % LOOK_EVERY == 0 or self.step == len(self.sizes):
             losses = self.metrics[: self.step, 0]
             wrong = (~losses.isfinite()).nonzero().flatten().tolist()
             if wrong:
@@ -139,9 +129,8 @@ class Run:
 
     def after_epoch(self, logits, labels):
         """Validate, write the history, print the epoch's line.
-
-        logits (N, 10) and labels (N,) are those of this process's share of the validation images.
-        """
+        logits (N, 10) and labels (N,) are those of this process's share of the validation
+        images."""
         loss = F.cross_entropy(logits, labels, reduction="sum")
         correct = (logits.argmax(1) == labels).sum()
         sums = torch.stack([loss, correct, torch.full_like(loss, len(labels))])
@@ -151,15 +140,13 @@ class Run:
         losses, right = self.metrics.T.tolist()
         images, now = sum(self.sizes), time.monotonic()
         epoch = {
-            "epoch": self.epoch + 1,
-            "lr": self.lr,
+            "epoch": self.epoch + 1, "lr": self.lr,
             "train_loss": sum(loss * size for loss, size in zip(losses, self.sizes)) / images,
             "train_accuracy": 100 * sum(right) / images,
-            "val_loss": val_loss / val_images,
-            "val_accuracy": 100 * val_correct / val_images,
+            "val_loss": val_loss / val_images, "val_accuracy": 100 * val_correct / val_images,
             "seconds": now - self.began,
             "images_per_second": images / (self.trained - self.began),
-        }
+        }  # fmt: skip
         self.history["epochs"].append(epoch)
         self.history["batch_losses"] += losses
         self.step, self.began = 0, now
@@ -169,14 +156,13 @@ class Run:
 
     def finish(self, model):
         """Write the weights of a model, mark the history as finished, remove the saved state.
-
-        A run without a schedule keeps a state, since it may be given more epochs.
-        """
+        A run without a schedule keeps a state, since it may be given more epochs."""
         if RANK == 0:
             try:
                 write_checkpoint(self.path(".pt"), self.config, model.state_dict())
             except OSError as error:
-                raise Stop(f"no weights written ({error}); {self._say_how_to_go_on()}") from error
+                reason = f"no weights written ({error}); {self._say_how_to_go_on()}"
+                raise Stop(reason, 1) from error
             if self.args.schedule == "none":
                 self._save()
         self.history["finished"] = True
@@ -215,9 +201,7 @@ class Run:
 
     def _save(self):
         """Save what the run needs to go on, if this is the first process; whether it was possible.
-
-        Weights that are not finite are not saved: the last good state stays.
-        """
+        Weights that are not finite are not saved: the last good state stays."""
         if RANK > 0:
             return True
         parts = {name: part and part.state_dict() for name, part in self.parts.items()}
@@ -236,7 +220,7 @@ class Run:
 
     def _stop_at(self, place):
         self.progress.clear()
-        raise Stop(f"{place}, learning rate {self.lr:g}: try a lower --lr")
+        raise Stop(f"{place}, learning rate {self.lr:g}: try a lower --lr", 1)
 
     def _say_how_to_go_on(self):
         words = [word for word in sys.argv if word not in ("--resume", "--overwrite")]
@@ -256,24 +240,30 @@ def say(text):
         print(text, flush=True)
 
 
+@contextlib.contextmanager
+def first_process_first():
+    """What the first process does here, the others do after it."""
+    if RANK > 0:
+        wait()
+    yield
+    if RANK == 0:
+        wait()
+
+
 class Progress:
     """One line on the terminal, rewritten; nothing at all where stderr is a log or a pipe.
-
     Progress is counted in epochs, the current one in part: `start` is where this process began,
-    `end` the whole run.
-    """
+    `end` the whole run."""
 
     def __init__(self, start, end, images_per_epoch):
         self.start, self.end, self.images_per_epoch = start, end, images_per_epoch
-        self.began = self.shown = time.monotonic()
+        self.began = time.monotonic()
         self.on_terminal = RANK == 0 and sys.stderr is not None and sys.stderr.isatty()
 
     def show(self, done, step, steps):
         """Show how far the epoch is, how fast it goes and how long the whole run still takes."""
-        now = time.monotonic()
-        if self.on_terminal and now - self.shown > 0.1 and done > self.start:
-            self.shown = now
-            speed = (done - self.start) / (now - self.began)  # epochs per second
+        if self.on_terminal and done > self.start:
+            speed = (done - self.start) / (time.monotonic() - self.began)  # epochs per second
             rate, left = self.images_per_epoch * speed, format_seconds((self.end - done) / speed)
             line = f"{int(done) + 1:>3}/{self.end}  batch {step}/{steps}  {rate:,.0f} images/s"
             print(f"\r{f'{line}  {left} left':<78}", end="", file=sys.stderr, flush=True)

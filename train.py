@@ -25,20 +25,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import data
 from checkpoint import claim
-from device import (
-    PRECISIONS,
-    RANK,
-    WORLD_SIZE,
-    autocast,
-    choose_device,
-    distribute,
-    environment,
-    first_process_first,
-    join,
-)
+from device import PRECISIONS, RANK, WORLD_SIZE, autocast, choose_device, distribute, environment
 from history import hyperparameters, make_parser, number
 from model import DEFAULTS, GATES, IMAGE_SIZE, MIXES, build_model, costs, predict, tabulate_costs
-from run import Run, Stop, say
+from run import Run, Stop, first_process_first, say
 
 OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}
 SHARE = slice(RANK, None, WORLD_SIZE)  # this process's images of every batch
@@ -49,16 +39,12 @@ RESERVED = (".state", "-test", "-gates", "-wrong", "-predictions")
 
 def train(args):
     """Train the run of these options to its last epoch, from where it was saved.
-
-    Stop: it ends early; OSError and ValueError say why it cannot begin.
-    """
+    Stop: it ends early; OSError and ValueError say why it cannot begin."""
     run = Run(args)
     device = choose_device(args.device)
-    join(device)
     with first_process_first():  # it may have to download
-        train_set, validation_set = data.load_both(
-            args.dataset, args.data_dir, args.holdout, args.limit, device
-        )
+        sets = data.load_both(args.dataset, args.data_dir, args.holdout, args.limit, device)
+    train_set, validation_set = sets
     model = make_model(args, device)
     optimizer = make_optimizer(model, args)
     scheduler = make_scheduler(optimizer, args, math.ceil(len(train_set) / args.batch_size))
@@ -88,9 +74,7 @@ def train(args):
                 ema.update_parameters(model)
             correct = (logits.argmax(1) == labels).sum()
             run.after_batch(loss, correct, lr)  # saves the state, or stops, if it is time to
-        batches = data.batches(
-            validation_set, args.dataset, data.EVALUATION_BATCH, device, share=SHARE
-        )
+        batches = data.batches(validation_set, args.dataset, device=device, share=SHARE)
         logits, labels = predict(ema or network, run.interruptible(batches), precision)
         if args.schedule != "onecycle":
             scheduler.step()  # the learning rate changes with every epoch
@@ -111,29 +95,23 @@ def make_model(args, device):
 
 def make_optimizer(model, args):
     """PyTorch's optimiser, its step fused where that exists.
-
-    Without args.bias_decay, weights decay, but not biases and the scales of normalisation.
-    """
+    Without args.bias_decay, weights decay, but not biases and the scales of normalisation."""
     parameters = list(model.parameters())
-    options = {"weight_decay": args.weight_decay, "momentum": args.momentum}
-    options |= {"nesterov": args.nesterov or None}
-    options = {name: value for name, value in options.items() if value is not None}
+    given = [(name, getattr(args, name)) for name in ("weight_decay", "momentum", "nesterov")]
+    options = {name: value for name, value in given if value is not None and value is not False}
     groups = [{"params": parameters}]
     if not args.bias_decay:
-        groups = [
-            {"params": [weights for weights in parameters if weights.dim() > 1]},
-            {"params": [rest for rest in parameters if rest.dim() <= 1], "weight_decay": 0},
-        ]
+        weights = [tensor for tensor in parameters if tensor.dim() > 1]
+        others = [tensor for tensor in parameters if tensor.dim() <= 1]
+        groups = [{"params": weights}, {"params": others, "weight_decay": 0}]
     fused = parameters[0].device.type in ("cpu", "cuda")
     return OPTIMIZERS[args.optimizer](groups, lr=args.lr, fused=fused, **options)
 
 
 def make_scheduler(optimizer, args, steps):
     """PyTorch's scheduler of args.epochs epochs, stepped with each; "onecycle" with each step.
-
     That warms up to args.lr over the first 30 % of the run, then down to nearly nothing (Smith and
-    Topin 2017).
-    """
+    Topin 2017)."""
     if args.schedule == "onecycle":
         return OneCycleLR(optimizer, args.lr, args.epochs * steps, cycle_momentum=False)
     if args.schedule == "cosine":
@@ -162,53 +140,41 @@ def describe_run(model, device, args):
 def parse_args(argv=None):
     """The options of one run as a namespace. Wrong ones end in a line on stderr and exit code 2."""
     parser = make_parser(__doc__)
-    positive = number(int, 1)
+    natural, positive, fraction = number(int, 0), number(int, 1), number(float, 0, 1)
 
     add = parser.add_argument_group("data").add_argument
     add("--dataset", choices=data.CLASSES, default="cifar10", help="shapes is drawn, not read")
     add("--data-dir", default="data", help="where CIFAR-10 is, or is downloaded to")
     add("--batch-size", type=positive, default=128, help="images per optimiser step")
-    add("--holdout", type=number(int, 0), default=0, metavar="N",
-        help="validate on N held-out training images, not on the test images")  # fmt: skip
+    add("--holdout", type=natural, default=0, metavar="N", help="validate on N training images")
     add("--limit", type=positive, metavar="N", help="train on the first N images only")
     add("--augment", nargs="+", action="extend", choices=data.AUGMENTATIONS, default=[],
         help="random changes of the training images")  # fmt: skip
 
     add = parser.add_argument_group("model").add_argument
-    add("--arch", type=positive, nargs="+", default=DEFAULTS["arch"], metavar="C",
-        help="output channels of each block")  # fmt: skip
-    add("--k", type=positive, default=DEFAULTS["k"], help="convolutions per block")
-    add("--gate", choices=GATES, default=DEFAULTS["gate"], help="activation of the coefficients")
-    add("--no-block-relu", dest="block_relu", action="store_false",
-        help="no ReLU on the outputs of blocks")  # fmt: skip
-    add("--norm", choices=("none", "batch"), default=DEFAULTS["norm"],
-        help="batch normalisation of the blocks' sums")  # fmt: skip
-    add("--downsample", action="store_true",
-        help="halve the images between two blocks of different width, by max pooling")  # fmt: skip
-    add("--residual", action="store_true",
-        help="add its input to the output of a block that keeps the width")  # fmt: skip
-    add("--pool", choices=("adaptive", "avg"), default=DEFAULTS["pool"],
-        help="of the classifier: AdaptiveAvgPool2d(8) or AvgPool2d(8)")  # fmt: skip
-    add("--fc", type=positive, default=DEFAULTS["fc"], help="fully connected layers")
-    add("--hidden", type=positive, default=DEFAULTS["hidden"], help="size of the hidden ones")
-    add("--dropout", type=number(float, 0, 1), default=DEFAULTS["dropout"],
-        help="probability, after each hidden layer")  # fmt: skip
-    add("--init", choices=("he", "default"), default=DEFAULTS["init"],
-        help="initialisation: He's or PyTorch's default")  # fmt: skip
+    add("--arch", type=positive, nargs="+", metavar="C", help="output channels of each block")
+    add("--k", type=positive, help="convolutions per block")
+    add("--gate", choices=GATES, help="activation of the coefficients")
+    add("--no-block-relu", dest="block_relu", action="store_false", help="no ReLU after a block")
+    add("--norm", choices=("none", "batch"), help="batch normalisation of the blocks' sums")
+    add("--downsample", action="store_true", help="max pooling where the width of blocks changes")
+    add("--residual", action="store_true", help="add a block's input where it keeps the width")
+    add("--pool", choices=("adaptive", "avg"), help="AdaptiveAvgPool2d(8) or AvgPool2d(8)")
+    add("--fc", type=positive, help="fully connected layers")
+    add("--hidden", type=positive, help="size of the hidden ones")
+    add("--dropout", type=fraction, help="probability, after each hidden layer")
+    add("--init", choices=("he", "default"), help="initialisation: He's or PyTorch's default")
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--optimizer", choices=OPTIMIZERS, default="adamw", help="PyTorch's own")
     add("--lr", type=number(float, 0, above=True), default=0.001, help="learning rate")
     add("--weight-decay", type=number(float, 0), help="None: the optimiser's own default")
-    add("--no-bias-decay", dest="bias_decay", action="store_false",
-        help="weight decay on weights only, not on biases and normalisation")  # fmt: skip
-    add("--momentum", type=number(float, 0, 1), help="of sgd; None: PyTorch's default, 0")
+    add("--no-bias-decay", dest="bias_decay", action="store_false", help="decay of weights only")
+    add("--momentum", type=fraction, help="of sgd; None: PyTorch's default, 0")
     add("--nesterov", action="store_true", help="Nesterov's momentum")
     add("--schedule", choices=("cosine", "onecycle", "none"), default="cosine",
-        help="of the learning rate over the whole run: cosine, stepped every epoch, or up to --lr "
-        "and down again, stepped every batch")  # fmt: skip
-    add("--label-smoothing", type=number(float, 0, 1), default=0.0,
-        help="probability shared out among all classes, in training")  # fmt: skip
+        help="cosine: down, epoch by epoch; onecycle: up to --lr and down, by batches")  # fmt: skip
+    add("--label-smoothing", type=fraction, default=0.0, help="probability shared by all classes")
     add("--ema", type=number(float, 0, 0.9999), metavar="DECAY",
         help="of an average of the weights, which is then validated and kept")  # fmt: skip
     add("--epochs", type=positive, default=15, help="passes over the training images")
@@ -216,18 +182,16 @@ def parse_args(argv=None):
     add = parser.add_argument_group("run").add_argument
     add("--name", help="of the files it writes; None: made from the options")
     add("--out", type=Path, default=Path("runs"), help="folder for them")
-    add("--seed", type=number(int, 0), default=0, help="of everything random")
+    add("--seed", type=natural, default=0, help="of everything random")
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps ...; auto: cuda if there is one")
-    add("--precision", choices=PRECISIONS, default="auto",
-        help="of the forward pass; auto: bfloat16 on cuda and on CPUs with instructions for it, "
-        "else float32")  # fmt: skip
-    add("--mix", choices=MIXES, default=DEFAULTS["mix"],
-        help="how a block forms its sum: weighted outputs, or kernels mixed first")  # fmt: skip
+    add("--precision", choices=PRECISIONS, default="auto", help="of the forward pass; auto: "
+        "bfloat16 on cuda and on CPUs with instructions for it, else float32")  # fmt: skip
+    add("--mix", choices=MIXES, help="form of a block's sum: weighted outputs or mixed kernels")
     add("--compile", action="store_true", help="torch.compile the network")
     add("--resume", action="store_true", help="go on with NAME where it stopped, if it was begun")
     add("--overwrite", action="store_true", help="replace NAME")
-    add("--reported", type=number(float, 0, 100), metavar="PERCENT",
-        help="a published accuracy to compare with, kept in the history")  # fmt: skip
+    add("--reported", type=number(float, 0, 100), metavar="PERCENT", help="a published accuracy")
+    parser.set_defaults(**DEFAULTS)
     args = parser.parse_args(argv)
     refuse_contradictions(args, parser)
     args.augment = [name for name in data.AUGMENTATIONS if name in args.augment]
@@ -273,8 +237,9 @@ def main(argv=None):
         with claim(args.out, args.name) if RANK == 0 else contextlib.nullcontext():
             train(args)
     except Stop as stop:
-        print(f"train.py: {stop}", file=sys.stderr)
-        sys.exit(stop.code)
+        reason, code = stop.args
+        print(f"train.py: {reason}", file=sys.stderr)
+        sys.exit(code)
     except (OSError, ValueError) as error:
         sys.exit(f"train.py: error: {error}")
     except KeyboardInterrupt:  # before the first batch
