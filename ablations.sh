@@ -114,9 +114,11 @@ draw() { # draw OPTION... HISTORY...: those that exist
 }
 
 copy_finished() { # copy_finished FROM TO: a finished run under another name, for --resume to find
-    local from=$out/$1$suffix to=$out/$2$suffix
+    local from=$out/$1$suffix to=$out/$2$suffix end
     if [ -e "$from.pt" ] && [ ! -e "$to.json" ]; then
-        cp "$from.pt" "$to.pt" && cp "$from.json" "$to.json"
+        for end in .pt .json; do # by way of .part: a full disk leaves no half of a file
+            cp "$from$end" "$to.part" && mv "$to.part" "$to$end" || { rm -f "$to.part" && return; }
+        done
     fi
 }
 

@@ -12,6 +12,7 @@ seconds are medians over the turns, ratios are taken turn by turn.
 
 import json
 import multiprocessing
+import os
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -30,11 +31,8 @@ ROWS = {  # of ablations.sh: options of the network, batch size
     "row 4": ({"arch": [16, 8, 4], "fc": 1}, 128),
     "row 2": ({"arch": [64, 128, 256], "k": 2, "fc": 1}, 128),
     "the final model": ({}, 128),
-    "best": (
-        {"arch": [64, 64, 128, 128, 256, 256, 512, 512], "fc": 1, "pool": "avg", "norm": "batch",
-         "downsample": True, "residual": True},
-        256,
-    ),
+    "best": ({"arch": [64, 64, 128, 128, 256, 256, 512, 512], "fc": 1, "pool": "avg",
+              "norm": "batch", "downsample": True, "residual": True}, 256),
 }  # fmt: skip
 
 WIDTHS = ((3, 64), (64, 128), (128, 256), (256, 512))  # of the final model's blocks
@@ -60,9 +58,8 @@ class TextbookBlock(nn.Module):
 
 
 def compare(what, ours, other, name, turns=3):
-    """Time two forms in turn, after a turn to warm up; a row of the results.
-    Each is (a function that builds a function to time, its arguments ...); `name` is the
-    other's."""
+    """Time two forms in turn, after a turn to warm up; a row of the results. Each form is (a
+    function that builds a function to time, its arguments ...); `name` is that of the other."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, context) as left, ProcessPoolExecutor(1, context) as right:
         left.submit(prepare, *ours).result()
@@ -70,7 +67,7 @@ def compare(what, ours, other, name, turns=3):
         both = [[process.submit(time_step).result() for process in (left, right)]
                 for _ in range(turns + 1)][1:]  # fmt: skip
     seconds, other_seconds = map(median, zip(*both))
-    ratios = [other / ours for ours, other in both]
+    ratios = [theirs / ours for ours, theirs in both]
     ratio, low, high = median(ratios), min(ratios), max(ratios)
     print(f"{what:<46} {1000 * seconds:>9.1f} {1000 * other_seconds:>9.1f}"
           f"  {ratio:>6.2f} ({low:.2f} to {high:.2f})  {name}", flush=True)  # fmt: skip
@@ -190,8 +187,7 @@ def bench(only, device):
     if "rate" in only:
         where = (4 * batch, device, precision)
         ours, products = (build_backbone, *where), (build_products, *where)
-        name = f"matrix products, {precision}"
-        yield compare("the final model's blocks", ours, products, name, turns=5)
+        yield compare("the final model's blocks", ours, products, f"matrix products, {precision}")
 
 
 def parse_args(argv=None):
@@ -209,6 +205,7 @@ def main(argv=None):
     args = parse_args(argv)
     try:
         device = choose_device(args.device)
+        os.environ.pop("THP_MEM_ALLOC_ENABLE", None)  # of keep_memory: not for textbook forms
         report = {"device": describe(device), "threads": torch.get_num_threads(),
                   "torch": torch.__version__, "precision": precision_on(device)}  # fmt: skip
         print(f"{report['device']}, PyTorch {torch.__version__}, ours in {report['precision']}")

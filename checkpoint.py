@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from history import read_history, refuse_other_options, write_atomically
-from model import build_model
+from model import IMAGE_SIZE, build_model
 
 try:
     import fcntl
@@ -38,9 +38,8 @@ def write_checkpoint(path, config, weights, **more):
 
 
 def load_checkpoint(path):
-    """What write_checkpoint saved at `path`: a dict with `config`, `weights` and the rest.
-    No code in the file is run, and its digest has to be that of what is loaded. OSError or
-    ValueError say what is wrong with it."""
+    """What write_checkpoint saved at `path`, a dict with `config`, `weights` and the rest. Its
+    digest has to match, and no code in it is run. OSError or ValueError say what is wrong."""
     path = Path(path)
     path.open("rb").close()  # missing or unreadable is told as that
     try:
@@ -55,7 +54,7 @@ def load_checkpoint(path):
             raise ValueError("its weights are larger than the file")
         digest = checkpoint.pop("digest", None)
         if checkpoint["format"] == FORMAT and digest != compute_digest(checkpoint):
-            raise ValueError("it is damaged: its digest is that of other weights")
+            raise ValueError("it is damaged: its digest does not match")
     except Exception as error:  # a damaged file can make the readers raise nearly anything
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise ValueError(f"{path} is not a whole checkpoint of train.py ({reason})") from error
@@ -89,15 +88,16 @@ def rebuild(checkpoint, path):
     """The model of a loaded checkpoint, in evaluation mode; ValueError where the two do not fit."""
     try:
         config, weights = checkpoint["config"], checkpoint["weights"]
-        if 4 * len(config["arch"]) + 2 * config["fc"] > len(weights):  # before anything is built
+        if 4 * len(config["arch"]) + 2 * config["fc"] > len(weights):  # tensors
             raise ValueError("it has more layers than weights")
         with torch.device("meta"):  # without memory, whatever the config says
             model = build_model(config)
         model.load_state_dict(weights, assign=True)
+        model.requires_grad_(False).eval()(torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE))
     except Exception as error:  # a config can hold anything
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise ValueError(f"{path}: its weights do not fit its options ({reason})") from error
-    return model.requires_grad_(False).eval()
+    return model
 
 
 @contextlib.contextmanager
@@ -117,10 +117,9 @@ def claim(out, name):
         yield
 
 
-def find(out, config):
+def find_run(out, config):
     """The history and the saved state that a run of this config goes on from; None for either.
-    ValueError if the name is taken, by a run with other options or by this one and `resume` is not
-    among them, or if files are missing."""
+    ValueError if the name is taken, without `resume` or by other options, or files are missing."""
     paths = [out / (config["name"] + suffix) for suffix in (".json", ".pt", ".state.pt")]
     history_path, weights, state = paths
     if config["overwrite"] or not any(path.exists() for path in paths):

@@ -37,27 +37,26 @@ CUTOUT = 8  # pixels, the side of the square
 EVALUATION_BATCH = 250  # images
 
 
-def load(dataset, data_dir="data", train=True):
-    """The training or test images of a data set, as a TensorDataset.
-    Its tensors are images, uint8 (N, 3, 32, 32), and labels, int64 (N,). CIFAR-10 is downloaded
-    into data_dir where it is missing; OSError says what is wrong if that fails. "shapes" is
-    drawn."""
-    if dataset == "shapes":
+def load(name, data_dir="data", train=True):
+    """The training or test images of a data set, as a TensorDataset of images, uint8 (N, 3, 32,
+    32), and labels, int64 (N,). "shapes" is drawn. CIFAR-10 is downloaded into data_dir where it is
+    missing; OSError says what is wrong if that fails."""
+    if name == "shapes":
         return draw_shapes(10_000, seed=0) if train else draw_shapes(1_000, seed=1)
     cifar10 = _read_cifar10(Path(data_dir), train)
     images = torch.from_numpy(cifar10.data).permute(0, 3, 1, 2).contiguous()
     return TensorDataset(images, torch.tensor(cifar10.targets))
 
 
-def load_both(dataset, data_dir="data", holdout=0, limit=None, device="cpu"):
+def load_both(name, data_dir="data", holdout=0, limit=None, device="cpu"):
     """(training, validation) images of a data set on the device, TensorDatasets as `load` gives.
     Validation is on the test images, or on `holdout` of the training images; `limit` is how many
     are trained on. ValueError if there are not as many."""
-    train_set = load(dataset, data_dir)
+    train_set = load(name, data_dir)
     if holdout:
         train_set, validation_set = hold_out(train_set, holdout)
     else:
-        validation_set = load(dataset, data_dir, train=False)
+        validation_set = load(name, data_dir, train=False)
     if limit and limit > len(train_set):
         raise ValueError(f"--limit {limit}: there are {len(train_set)} training images")
     both = TensorDataset(*train_set[:limit]), validation_set
@@ -77,10 +76,9 @@ def _read_cifar10(data_dir, train):
     try:
         return cifar10(data_dir, train=train, download=True)
     except (RuntimeError, OSError, EOFError) as error:
-        raise OSError(
-            f"no CIFAR-10 in {str(data_dir)!r}: {problem}, and a download failed ({error}); put "
-            f"{cifar10.filename} from {cifar10.url} there, or use --dataset shapes, without files"
-        ) from error
+        problem = f"no CIFAR-10 in {str(data_dir)!r}: {problem}, and a download failed ({error})"
+        raise OSError(f"{problem}; put {cifar10.filename} from {cifar10.url} there, or use "
+                      "--dataset shapes, without files") from error  # fmt: skip
 
 
 def hold_out(dataset, count):
@@ -98,7 +96,7 @@ def hold_out(dataset, count):
     return (TensorDataset(images[~held], labels[~held]), TensorDataset(images[held], labels[held]))
 
 
-def stream(seed, *position):
+def derive_seed(seed, *position):
     """A seed for the random numbers of one place in a run, such as (epoch, step).
     All randomness of a run is drawn from such seeds, so that to resume it needs no random state."""
     return random.Random(" ".join(map(str, (seed, *position)))).getrandbits(32)
@@ -106,30 +104,29 @@ def stream(seed, *position):
 
 def batches(dataset, name, batch_size=EVALUATION_BATCH, device="cpu", seed=None, epoch=0, start=0,
             augment=(), share=slice(None)):  # fmt: skip
-    """Yield (images, labels) of a TensorDataset on the device, from batch number `start` on.
-    images is float32 (N, 3, 32, 32), normalised for the data set `name`; labels is int64 (N,). With
-    a seed every epoch has a shuffle of its own and `augment` (of AUGMENTATIONS) applies; without
-    one the order is the data set's. The last batch may be smaller. Of several processes each takes
-    its share of every batch, a slice."""
+    """Yield (images, labels) of a TensorDataset on the device, from batch number `start` on:
+    float32 (N, 3, 32, 32), normalised for the data set `name`, and int64 (N,). With a seed every
+    epoch has a shuffle of its own and `augment` (of AUGMENTATIONS) applies; without one the order
+    is the data set's. The last batch may be smaller. `share`, a slice: this process's part of
+    it."""
     device = torch.device(device)
     images, labels = (tensor.to(device) for tensor in dataset.tensors)
     order = torch.arange(len(dataset))
     if seed is not None:
-        shuffle = torch.Generator().manual_seed(stream(seed, epoch))
+        shuffle = torch.Generator().manual_seed(derive_seed(seed, epoch))
         order = torch.randperm(len(dataset), generator=shuffle)
     order = order.to(device)  # all at once: a GPU would be waited for with every batch
     generator = torch.Generator(device)
     for step, indices in islice(enumerate(order.split(batch_size)), start, None):
         batch = images.index_select(0, indices)  # 20 times faster than images[indices]
         if augment:
-            generator.manual_seed(stream(seed, epoch, step, "augment"))
+            generator.manual_seed(derive_seed(seed, epoch, step, "augment"))
             batch = augment_batch(batch, augment, generator)
         yield normalise(batch[share], name), labels[indices[share]]
 
 
 def normalise(images, name):
-    """uint8 images (N, 3, H, W) as networks of the data set `name` take them: float32, normalised.
-    The result is on the images' device."""
+    """uint8 images (N, 3, H, W) as float32, normalised for the data set `name`, on their device."""
     scale, shift = _scale_and_shift(name, images.device)
     return images.float().mul_(scale).add_(shift)
 

@@ -25,7 +25,7 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 def choose_device(name="auto"):
-    """The torch.device of that name; this process computes there fast, one of WORLD_SIZE.
+    """The torch.device of that name, PyTorch set up for it and the other processes joined.
     "auto" is CUDA where there is one, else the CPU. ValueError if there is no such device."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -34,7 +34,7 @@ def choose_device(name="auto"):
     try:
         device = torch.device("cuda", LOCAL_RANK) if name == "cuda" else torch.device(name)
         torch.zeros(1, device=device).item()  # "meta", too, is a device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         reason = str(error).partition("\n")[0][:200]
         raise ValueError(f"--device {name} does not work here ({reason}); try cpu") from error
     if device.type == "cuda":
@@ -139,11 +139,11 @@ def distribute(model):
         return model
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
-            module.__class__ = BatchNorm2d
+            module.__class__ = SharedBatchNorm2d
     return DistributedDataParallel(model)
 
 
-class BatchNorm2d(nn.BatchNorm2d):
+class SharedBatchNorm2d(nn.BatchNorm2d):
     """nn.BatchNorm2d with the statistics of all processes; nn.SyncBatchNorm is for GPUs alone."""
 
     def forward(self, images):
@@ -170,4 +170,4 @@ class AddUp(torch.autograd.Function):
     def forward(ctx, tensor):
         return add_up(tensor.clone())
 
-    backward = forward
+    backward = forward  # each process's gradient is added up, too

@@ -7,7 +7,6 @@
 The model is rebuilt from the checkpoint alone. A test also writes runs/final-wrong.png, the most
 confidently misclassified images; plot.py draws the other metrics. Photos need no data set: they
 are cropped to a square and shrunk, and drawn with the predictions in runs/final-predictions.png.
-Test-time augmentation is the mean over an image and its mirror image; it is named as such.
 """
 
 import contextlib
@@ -24,7 +23,7 @@ import gallery
 from checkpoint import load_checkpoint, rebuild
 from data import CLASSES, batches, load, normalise
 from device import PRECISIONS, WORLD_SIZE, autocast, choose_device
-from history import make_parser, read_history, write_history
+from history import hyperparameters, make_parser, read_history, write_history
 from model import IMAGE_SIZE, predict
 
 BINS = 15  # of confidence
@@ -40,11 +39,11 @@ def evaluate(args):
     history = read_history(history_path) if history_path.exists() else None
     if args.once and history and ("test" in history or history["config"].get("holdout")):
         return
-    config, model, device, precision = open_checkpoint(args)
+    config, model, device, in_precision = open_checkpoint(args)
     dataset = config["dataset"]
-    images = load(dataset, args.data_dir or config["data_dir"], train=False)
+    images = load(dataset, args.data_dir or str(config["data_dir"]), train=False)
     loader = list(batches(images, dataset, device=device))
-    metrics = measure(model, loader, precision, CLASSES[dataset], args.tta)
+    metrics = measure(model, loader, in_precision, CLASSES[dataset], args.tta)
 
     for name, accuracy in metrics["per_class"].items():
         print(f"{name:>12} {accuracy:6.2f}%")
@@ -52,10 +51,13 @@ def evaluate(args):
     if args.tta:
         print(f"With flip test-time augmentation: {metrics['tta']['accuracy']:.2f}%")
     print(f"Final Model Test Accuracy: {metrics['accuracy']:.2f}%")
-    if history is None:
-        print(f"{history_path} is not there: the metrics are only printed", file=sys.stderr)
-    else:  # read again, since training may have gone on meanwhile
-        write_history(history_path, read_history(history_path) | {"test": metrics})
+    history = history and read_history(history_path)  # again: a training may have changed it
+    options = history and history["finished"] and hyperparameters(history["config"])
+    if options == hyperparameters(config):
+        history["test"] = history.get("test", {}) | metrics
+        write_history(history_path, history)
+    else:
+        print(f"{history_path} is not there, or of other weights: only printed", file=sys.stderr)
     indices = [one["index"] for one in metrics["wrong"]]
     shown = images.tensors[0][indices].permute(0, 2, 3, 1).numpy()
     figure = gallery.draw_wrong(shown, metrics["wrong"], args.checkpoint.stem)
@@ -63,7 +65,7 @@ def evaluate(args):
 
 
 def open_checkpoint(args):
-    """(config, model, device, precision context) of the options, the model on the device."""
+    """(config, model, device, autocast context) of the options, the model on the device."""
     device = choose_device(args.device)
     checkpoint = load_checkpoint(args.checkpoint)
     model = rebuild(checkpoint, args.checkpoint)
@@ -74,11 +76,11 @@ def open_checkpoint(args):
     return config, model.to(device), device, autocast(device, precision)
 
 
-def measure(model, loader, precision, classes, tta=False):
+def measure(model, loader, in_precision, classes, tta=False):
     """All test metrics that a history keeps of a model on a list of batches.
     With `tta` also the accuracy and the loss that test-time augmentation gives."""
     with keep_coefficients(model) as kept:
-        logits, labels = predict(model, loader, precision)
+        logits, labels = predict(model, loader, in_precision)
     metrics = measure_predictions(logits, labels, classes)
     gates = {name: measure_gate(torch.cat(parts), labels, classes) for name, parts in kept.items()}
     metrics["gates"] = [{"block": name} | gate for name, gate in gates.items()]
@@ -86,16 +88,15 @@ def measure(model, loader, precision, classes, tta=False):
     kernels = block.convs.weight.unflatten(0, (block.k, block.out_channels))
     metrics["kernels"] = kernels.double().round(decimals=4).tolist()
     if tta:
-        logits = add_mirrored(logits, model, loader, precision)
+        logits = add_mirrored(logits, model, loader, in_precision)
         augmented = measure_predictions(logits, labels, classes)
         metrics["tta"] = {name: augmented[name] for name in ("accuracy", "loss")}
     return metrics
 
 
 def measure_predictions(logits, labels, classes):
-    """Metrics of logits (N, 10) against labels (N,), as train.py's history keeps them.
-    Accuracies, confidences and the calibration error are percentages; the confusion matrix counts,
-    its rows are the true classes."""
+    """Metrics of logits (N, 10) against labels (N,), as train.py's history keeps them: percentages,
+    but for the confusion matrix, which counts; its rows are the true classes."""
     percentages = compute_percentages(logits)
     pairs = labels * len(classes) + logits.argmax(1)
     confusion = pairs.bincount(minlength=len(classes) ** 2).view(len(classes), len(classes))
@@ -152,7 +153,7 @@ def measure_gate(coefficients, labels, classes):
 
 @contextlib.contextmanager
 def keep_coefficients(model):
-    """A list of each block, by name, that the (N, k) coefficients of every batch are added to."""
+    """For each block, by name, a list of its coefficients (N, k) of every batch."""
     kept, hooks = {}, []
     for name, block in model.backbone.blocks().items():
         keep = kept[name] = []
@@ -170,15 +171,15 @@ def compute_percentages(logits):
     return 100 * logits.softmax(1)
 
 
-def add_mirrored(logits, model, loader, precision):
+def add_mirrored(logits, model, loader, in_precision):
     """Test-time augmentation: the mean of logits (N, 10) and those of the mirrored images."""
     mirrored = ((images.flip(3), labels) for images, labels in loader)
-    return (logits + predict(model, mirrored, precision)[0]) / 2
+    return (logits + predict(model, mirrored, in_precision)[0]) / 2
 
 
 def classify(args):
     """Print the likeliest classes of the photos args.image, draw them, return whether all were."""
-    config, model, device, precision = open_checkpoint(args)
+    config, model, device, in_precision = open_checkpoint(args)
     dataset = config["dataset"]
     note = " (flip test-time augmentation)" if args.tta else ""
     predictions = []
@@ -191,9 +192,9 @@ def classify(args):
         small = np.array(ImageOps.fit(photo, (IMAGE_SIZE, IMAGE_SIZE)))  # the middle, bicubic
         images = normalise(torch.from_numpy(small).permute(2, 0, 1)[None].to(device), dataset)
         batch = [(images, torch.zeros(1))]
-        logits, _ = predict(model, batch, precision)
+        logits, _ = predict(model, batch, in_precision)
         if args.tta:
-            logits = add_mirrored(logits, model, batch, precision)
+            logits = add_mirrored(logits, model, batch, in_precision)
         percentages = compute_percentages(logits)[0].tolist()
         likeliest = sorted(zip(percentages, CLASSES[dataset]), reverse=True)[:3]
         print(f"{path}: " + ", ".join(f"{name} {value:.1f} %" for value, name in likeliest) + note)
@@ -216,6 +217,8 @@ def read_photo(path):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
+            if not path.is_file():
+                raise OSError("no file")
             with Image.open(path) as image:
                 image = ImageOps.exif_transpose(image)
                 if image.mode.startswith("I"):  # 16 bits a pixel, which PIL would clip
@@ -224,7 +227,7 @@ def read_photo(path):
                 return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
     except Exception as error:  # a damaged file can make PIL's decoders raise nearly anything
         reason = " ".join(str(error).split())
-        raise ValueError(f"{path}: no such file, or not a whole image ({reason})") from error
+        raise ValueError(f"{path}: not there, or not a whole image ({reason})") from error
 
 
 def parse_args(argv=None):
@@ -232,9 +235,9 @@ def parse_args(argv=None):
     parser = make_parser(__doc__)
     add = parser.add_argument
     add("checkpoint", type=Path, help="runs/NAME.pt; metrics go to runs/NAME.json")
-    add("--image", type=Path, nargs="+", metavar="FILE", help="classify photos; None: test")
+    add("--image", type=Path, nargs="+", metavar="FILE", help="photos to classify; None: test")
     add("--tta", action="store_true", help="test-time augmentation, by mirror images, as well")
-    add("--once", action="store_true", help="no second test, and none of runs with held-out images")
+    add("--once", action="store_true", help="no test if it was tested, or images held out")
     add("--data-dir", help="where CIFAR-10 is; None: where it was for training")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps ...")
     add("--precision", choices=PRECISIONS, default="auto", help="auto: that of training")
@@ -247,8 +250,6 @@ def parse_args(argv=None):
 def main(argv=None):
     """Test a checkpoint, or classify photos with it; failures exit with 1 and a line each."""
     args = parse_args(argv)
-    with contextlib.suppress(AttributeError):  # where stdout is closed
-        sys.stdout.reconfigure(errors="backslashreplace")  # a photo's name may not be UTF-8
     try:
         if not args.image:
             evaluate(args)

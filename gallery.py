@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 from history import write_atomically
 
+matplotlib.rcdefaults()  # whatever the user's matplotlibrc says
 matplotlib.rcParams["text.parse_math"] = False  # a name may hold dollar signs
 matplotlib.rcParams["svg.fonttype"] = "none"  # text stays text
 
@@ -23,7 +24,7 @@ BLUE, ORANGE = COLOURS[:2]
 SHADES = "Blues"  # light is little: in grey the same
 WIDTH = 7.2  # inches, a printed page between its margins
 COLUMNS = 6  # of the misclassified images
-MOST_BANKS = 16
+MOST_BANKS = 16  # of kernels, or coefficients, drawn
 
 
 def style(axes, x_label, y_label):
@@ -37,6 +38,7 @@ def style(axes, x_label, y_label):
 def start_figure(title, height):
     """An empty Figure under its title, of a page's width and that height (inches)."""
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    title = title.encode(errors="replace").decode()  # a file's name may not be UTF-8
     figure.suptitle(textwrap.fill(title, 80), fontsize=11)
     return figure
 
@@ -50,8 +52,8 @@ def save(figure, path):
 
 
 def draw_test(test, title):
-    """A Figure of a history's test metrics: confusion matrix, per-class accuracy, calibration.
-    KeyError if they lack one of these."""
+    """A Figure of test metrics: confusion matrix, per-class accuracy, calibration (else
+    KeyError)."""
     title = f"{title}: {test['images']:,} test images, {test['accuracy']:.2f} % right"
     figure = start_figure(title, 9.2)
     panels = figure.subplot_mosaic([["confusion"] * 2, ["classes", "calibration"]],
@@ -114,9 +116,8 @@ def draw_calibration(axes, calibration):
 
 
 def draw_gates(test, title):
-    """A Figure of the gates' coefficients a_1 ... a_k of every block, and of the first kernels.
-    Of `test`, a history's test metrics, it needs per_class, gates and kernels: KeyError without. Of
-    many convolutions the first are drawn."""
+    """A Figure of the gates' coefficients a_1 ... a_k of every block, and of the first kernels. Of
+    test metrics it needs per_class, gates and kernels (else KeyError); it draws MOST_BANKS."""
     gates, banks, names = test["gates"], test["kernels"][:MOST_BANKS], list(test["per_class"])
     k = len(banks)
     heights = 0.8 + len(gates) * (0.35 + 0.25 * k), 0.3 + min(WIDTH / k, 2.6)  # inches
@@ -158,8 +159,7 @@ def draw_coefficients(means, spread, gate, names):
 
 def draw_kernels(figure, banks, block):
     """The k banks of 3x3 colour kernels of a block side by side, each scaled from 0 to 1."""
-    title = f"the kernels of {block} in banks, each weighted by its coefficient, colours scaled"
-    figure.suptitle(title, fontsize=9)
+    figure.suptitle(f"the banks of kernels of {block}, the colours of each scaled", fontsize=9)
     panels = figure.subplots(1, len(banks), squeeze=False)[0]
     for number, (axes, bank) in enumerate(zip(panels, banks), start=1):
         image = tile(np.array(bank))
@@ -185,8 +185,8 @@ def draw_wrong(images, wrong, title):
     rows = max(1, math.ceil(len(wrong) / COLUMNS))
     title = f"{title}: most confidently wrong (true → predicted, confidence)"
     figure = start_figure(title, 0.5 + 1.5 * rows)
-    for axes in (grid := figure.subplots(rows, COLUMNS, squeeze=False)).flat:
-        axes.set_axis_off()
+    hidden = {"frame_on": False, "xticks": [], "yticks": []}
+    grid = figure.subplots(rows, COLUMNS, squeeze=False, subplot_kw=hidden)
     for axes, image, one in zip(grid.flat, images, wrong):
         axes.imshow(image)
         names = f"{one['true']} →\n{one['predicted']}, {one['confidence']:.0f} %"

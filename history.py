@@ -9,10 +9,12 @@ PyTorch: whoever only draws does not wait for it.
 """
 
 import argparse
+import contextlib
 import json
 import math
 import os
 import statistics
+import sys
 from pathlib import Path
 
 # Options that do not change what a run computes: they may differ when it is resumed.
@@ -27,12 +29,13 @@ def read_history(path):
     """The history in a file, as a dict. OSError or ValueError say what is wrong with the file."""
     try:
         text = Path(path).read_text(encoding="utf-8")
-        history = json.loads(text, parse_constant=int)  # which NaN and Infinity are not
+        history = json.loads(text, parse_constant=int)  # int("NaN") is an error
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({error})") from error
     problem = _find_problem(history)
     if problem:
         raise ValueError(f"{path} is not a history that train.py wrote: {problem}")
+    history.setdefault("reported", None)
     return history
 
 
@@ -42,7 +45,7 @@ def _find_problem(history):
     for key, kind in kinds.items():
         if not isinstance(_get(history, key), kind):
             return f"{key!r} is missing or no {kind.__name__}"
-    reported, test = history.setdefault("reported", None), history.get("test", {"accuracy": 0})
+    reported, test = history.get("reported"), history.get("test", {"accuracy": 0})
     numbers = {"'reported'": 0 if reported is None else reported}
     numbers |= {"its test accuracy": _get(test, "accuracy")}
     numbers |= {f"the loss of batch {n}": v for n, v in enumerate(history["batch_losses"], start=1)}
@@ -71,7 +74,7 @@ def write_text(path, text):
 
 def write_atomically(path, write):
     """Let write(file) fill a file beside `path`, then rename it: readers see the old or the new.
-    OSError leaves what was at `path` in place."""
+    OSError, which names `path`, leaves what was there in place."""
     part = Path(f"{path}.{os.getpid()}.part")  # another process may be writing the same file
     try:
         with open(part, "wb") as file:
@@ -79,8 +82,10 @@ def write_atomically(path, write):
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-    except BaseException:
+    except BaseException as error:
         part.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename = str(path)
         raise
 
 
@@ -104,8 +109,8 @@ def refuse_other_options(before, now, path):
 
 
 def group(histories):
-    """Histories grouped into rows: lists of runs of one reported figure, alike but for the seed.
-    A seed that is there twice counts once."""
+    """Histories grouped into rows: runs of one reported figure, alike but for the seed, each
+    once."""
     rows = {}
     for history in histories:
         options = hyperparameters(history["config"]) | {"seed": None}
@@ -126,13 +131,12 @@ def choose_settled(row):
 
 
 def last_accuracies(row):
-    """The accuracies (%) that a row's settled runs end with: evaluate.py's, else the last epoch's.
-    A run without an epoch has none."""
-    return [
-        run["test"]["accuracy"] if "test" in run else run["epochs"][-1]["val_accuracy"]
-        for run in choose_settled(row)
-        if "test" in run or run["epochs"]
-    ]
+    """The accuracies (%) that a row's settled runs end with: evaluate.py's if all were tested, else
+    the last epochs'. A run without an epoch has none."""
+    settled = choose_settled(row)
+    if all("test" in run for run in settled):
+        return [run["test"]["accuracy"] for run in settled]
+    return [run["epochs"][-1]["val_accuracy"] for run in settled if run["epochs"]]
 
 
 def note_unfinished(row):
@@ -151,7 +155,7 @@ def tabulate(rows):
     lines = [list(COLUMNS)]
     for row, config in zip(rows, configs):
         shown = ({"arch", "k"} | (config.keys() - shared)) - {"seed"}
-        words = [f"{key.replace('_', ' ')} {_say(config[key])}" for key in config if key in shown]
+        words = [f"{key.replace('_', ' ')} {_words(config[key])}" for key in config if key in shown]
         cells = [name_row(row), ", ".join(words), *_make_cells(row)]
         lines.append([cell.replace("|", "\\|") for cell in cells])
     widths = [max(map(len, column)) for column in zip(*lines)]
@@ -173,15 +177,15 @@ def _make_cells(row):
     result = f"{mean:.2f} %"
     if len(values) > 1:
         result += f" ± {statistics.stdev(values):.2f} (n = {len(values)})"
-    held_out = row[0]["config"].get("holdout") and "test" not in row[0]
+    settled = choose_settled(row)
+    held_out = row[0]["config"].get("holdout") and not all("test" in run for run in settled)
     result += " on held-out images" if held_out else ""
     difference = "" if reported is None or held_out else f"{mean - reported:+.2f}"
-    settled = choose_settled(row)
     seconds = [math.fsum(epoch["seconds"] for epoch in run["epochs"]) for run in settled]
     return [*cells, result + note_unfinished(row), difference, f"{statistics.fmean(seconds):,.1f}"]
 
 
-def _say(value):
+def _words(value):
     """An option's value in words."""
     if isinstance(value, list):
         return " ".join(map(str, value)) or "none"
@@ -209,7 +213,10 @@ def format_seconds(seconds):
 
 
 def make_parser(doc):
-    """A script's argument parser: its module docstring as the manual, every default in --help."""
+    """A script's argument parser: its module docstring as the manual, every default in --help.
+    From now on any text can be printed, whatever characters stdout has."""
+    with contextlib.suppress(AttributeError):  # where stdout is closed
+        sys.stdout.reconfigure(errors="backslashreplace")
     summary, _, manual = doc.partition("\n")
     return argparse.ArgumentParser(description=summary, epilog=manual, allow_abbrev=False,
                                    formatter_class=HelpFormatter)  # fmt: skip

@@ -4,7 +4,7 @@
     logits = model(images)                                         # (N, 3, 32, 32) -> (N, 10)
 
 A Block's output is a_1 o_1 + ... + a_k o_k: k convolutions o_i of the same input, weighted by k
-coefficients a = g(SpatialAveragePool(input) W) of that input. The convolutions are linear in their
+coefficients a = g(SpatialAveragePool(input) V) of that input. The convolutions are linear in their
 kernels, so sum_i a_i conv(x, W_i) = conv(x, sum_i a_i W_i): mixing each image's k kernels first and
 convolving once gives the same result from 1/k of the multiplications (as in CondConv, Yang et al.
 2019, and dynamic convolution, Chen et al. 2020).
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 IMAGE_SIZE = 32  # pixels
-CLASSES = 10
+CLASS_COUNT = 10
 GRID = 8  # the classifier pools to (AdaptiveAvgPool2d) or by (AvgPool2d) 8x8
 
 MIXES = ("auto", "outputs", "kernels")
@@ -125,17 +125,17 @@ class Backbone(nn.Sequential):
 class Classifier(nn.Sequential):
     """Average pool, then `fc` linear layers with ReLU and dropout after each hidden one.
     (N, in_channels, size, size) -> logits (N, 10). `pool` is "adaptive", AdaptiveAvgPool2d(8), an
-    8x8 grid; or "avg", AvgPool2d(8), a 4x4 grid of 32x32. Where size is below 8, it is the 8."""
+    8x8 grid; or "avg", AvgPool2d(8), a 4x4 grid of 32x32. A size below 8 replaces the 8."""
 
     def __init__(self, in_channels, size=IMAGE_SIZE, pool="adaptive", fc=1, hidden=4096, dropout=0):
         cells = min(GRID, size)
         grid = cells if pool == "adaptive" else size // cells
-        sizes = [in_channels * grid * grid, *[hidden] * (fc - 1), CLASSES]
+        sizes = [in_channels * grid * grid, *[hidden] * (fc - 1), CLASS_COUNT]
         layers = [nn.AdaptiveAvgPool2d(cells) if pool == "adaptive" else nn.AvgPool2d(cells)]
         layers.append(nn.Flatten())
         for inputs, outputs in pairwise(sizes[:-1]):
             layers += [nn.Linear(inputs, outputs), nn.ReLU(), nn.Dropout(dropout)]
-        super().__init__(*layers, nn.Linear(sizes[-2], CLASSES))
+        super().__init__(*layers, nn.Linear(sizes[-2], CLASS_COUNT))
 
     def macs(self, mix):
         """Multiply-accumulates per image (forward): `mix` is for blocks."""
@@ -164,21 +164,20 @@ def initialise_he(module):
 
 
 @torch.inference_mode()
-def predict(model, batches, autocast):
-    """(logits, labels) of all batches: float32 (N, 10), int64 (N,). `autocast` is a context."""
+def predict(model, batches, in_precision):
+    """(logits, labels) of all batches: float32 (N, 10), int64 (N,). `in_precision`: a context."""
     model.eval()
     logits, labels = [], []
     for images, targets in batches:
-        with autocast:
+        with in_precision:
             logits.append(model(images).float())
         labels.append(targets)
     return torch.cat(logits), torch.cat(labels)
 
 
 def costs(model):
-    """(name, parameters, MACs, MACs if mixed) of each part of a network and of the whole.
-    MACs are multiply-accumulates per image (forward): of k convolutions, and of mixed kernels;
-    normalisation and pooling are not counted."""
+    """(name, parameters, MACs, MACs if mixed) of each part of a network and of the whole: MACs are
+    multiply-accumulates per image, forward, without normalisation and pooling."""
     rows = []
     for name, part in [*model.backbone.blocks().items(), ("classifier", model.classifier)]:
         parameters = sum(weights.numel() for weights in part.parameters())
@@ -231,12 +230,9 @@ class MixedConvolution(torch.autograd.Function):
             grad_mixed = grad_mixed.view(len(a), -1).to(ctx.dtype)
             grad_kernels += a.T @ grad_mixed
             grad_coefficients.append(grad_mixed @ w.flatten(1).T)
-        return (
-            None if grad_images is None else torch.cat(grad_images),
-            torch.cat(grad_coefficients) + grad_sums @ b.T,
-            grad_kernels.view_as(w),
-            coefficients.T @ grad_sums,
-        )
+        grad_images = None if grad_images is None else torch.cat(grad_images)
+        grad_coefficients = torch.cat(grad_coefficients) + grad_sums @ b.T
+        return grad_images, grad_coefficients, grad_kernels.view_as(w), coefficients.T @ grad_sums
 
 
 def _in_chunks(kernels, *tensors):

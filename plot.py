@@ -3,7 +3,6 @@
 python plot.py runs/row4.json               # runs/row4.png: loss and accuracy over the epochs
 python plot.py runs/*.json                  # all of them, runs/comparison.png and runs/results.md
 python plot.py runs/row4*.json              # several seeds of a row in one picture
-python plot.py runs/*.json --out docs       # the same into another folder
 python plot.py runs/row4.json --format pdf --title "Row 4 of the report"
 python plot.py runs/row4.json --watch       # again whenever it changes, until it is finished
 
@@ -28,6 +27,10 @@ from gallery import BLUE, COLOURS, ORANGE, draw_gates, draw_test, save, start_fi
 
 DASHES = ("-", "--", "-.", ":")
 WATCH_SECONDS = 3  # between two looks at a run
+TESTED = {  # pictures of a run's test metrics: what draws them, and which metrics
+    "test": (draw_test, "images", "per_class", "confusion", "calibration"),
+    "gates": (draw_gates, "per_class", "gates", "kernels"),
+}
 
 
 def draw_all(args):
@@ -38,47 +41,43 @@ def draw_all(args):
             runs[path] = history.read_history(path)
         except (OSError, ValueError) as error:
             problems.append(error)
-    if not runs:
-        return problems
-    paths = {id(run): path for path, run in runs.items()}
     rows = history.group(runs.values())
+    pictures = list_pictures(args, runs, rows)
+    for target, (draw, *what) in pictures.items():
+        try:
+            save(draw(*what), target)
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            problems.append(f"{target} is not drawn: its metrics are damaged ({error})")
+    if rows:
+        results = history.tabulate(rows)
+        print(results, end="")
+    if len(rows) > 1:
+        history.write_text(list(pictures)[-1].with_name("results.md"), results)
+    return problems
+
+
+def list_pictures(args, runs, rows):
+    """What draws each picture, by its file: (function, arguments ...); ValueError if two share
+    it."""
+    pictures, paths = {}, {id(run): path for path, run in runs.items()}
     title = args.title if len(rows) == 1 else None
-    targets = {}
+
+    def add(path, name, *what):
+        target = choose_target(args, path, name)
+        if target in pictures:
+            raise ValueError(f"{target} would be two pictures: draw the histories one by one")
+        pictures[target] = what
+
     for row in rows:
         path = paths[id(row[0])]
-        target = choose_target(args, path, history.name_row(row, path.stem))
-        if target in targets:
-            raise ValueError(f"{target} would be the picture of two rows: draw them one by one")
-        targets[target] = row
-    for target, row in targets.items():
-        save(draw_run(row, title), target)
+        add(path, history.name_row(row, path.stem), draw_run, row, title)
     for path, run in runs.items():
-        problems += draw_tested(args, path, run, title)
-    results = history.tabulate(rows)
+        for name, (draw, *needed) in TESTED.items():
+            if set(needed) <= run.get("test", {}).keys():
+                add(path, f"{path.stem}-{name}", draw, run["test"], title or run["name"])
     if len(rows) > 1:
-        first = next(iter(runs))
-        save(draw_comparison(rows, args.title), choose_target(args, first, "comparison"))
-        history.write_text(choose_target(args, first, "results").with_suffix(".md"), results)
-    print(results, end="")
-    return problems
-
-
-def draw_tested(args, path, run, title):
-    """Write the pictures of a run's test metrics, those it has. Returns what is wrong with them."""
-    test, problems = run.get("test", {}), []
-    for name, draw, needed in (
-        ("test", draw_test, {"images", "per_class", "confusion", "calibration"}),
-        ("gates", draw_gates, {"per_class", "gates", "kernels"}),
-    ):
-        if needed <= test.keys():
-            try:
-                figure = draw(test, title or run["name"])
-            except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-                problem = "its test metrics are damaged, evaluate it again"
-                problems.append(f"{path}: {problem} ({error})")
-            else:
-                save(figure, choose_target(args, path, f"{path.stem}-{name}"))
-    return problems
+        add(next(iter(runs)), "comparison", draw_comparison, rows, args.title)
+    return pictures
 
 
 def draw_run(row, title=None):
@@ -224,7 +223,7 @@ def parse_args(argv=None):
     add("--title", help="of the pictures; of several rows, of their comparison; None: the name")
     add("--watch", action="store_true", help="follow one run's curves until it is finished")
     args = parser.parse_args(argv)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # as device.py has it, which loads PyTorch
         parser.error("one process draws: start it without torchrun")
     args.histories = list(dict.fromkeys(args.histories))
     if args.watch and len(args.histories) > 1:

@@ -17,7 +17,7 @@ import warnings
 import torch
 import torch.nn.functional as F
 
-from checkpoint import find, write_checkpoint
+from checkpoint import find_run, write_checkpoint
 from device import RANK, WORLD_SIZE, add_up, agree, leave, wait
 from history import HEADER, format_epoch, format_seconds, write_history
 
@@ -32,16 +32,19 @@ class Stop(Exception):
 class Run:
     """How far a run has come, its history, and its files runs/NAME.json, .pt and .state.pt.
     `epoch` and `step` count those that are done; `sizes` are the images of each batch of an epoch.
-    Of several processes the first alone writes and prints."""
+    Of several processes the first alone writes files."""
 
     def __init__(self, args):
-        """Find the run of these options: ValueError as `find` says; Stop if nothing is to do."""
+        """Find the run of these options: ValueError as find_run says; Stop if nothing is to do."""
         self.args, self.config = args, vars(args) | {"out": str(args.out)}
         self.step, self.lr, self.signal, self.save_seconds = 0, None, 0, SAVE_SECONDS
-        self.history, self.saved = find(args.out, self.config)
+        self.history, self.saved = find_run(args.out, self.config)
+        # A run that began in one precision goes on in it, on whatever CPU.
+        self.precision = (self.saved or {}).get("precision", args.precision)
         if self.history and self.history["finished"] and not self.saved:
             if args.schedule != "none":
                 self._remove(".state.pt")  # a kill may have left it
+            # ablations.sh may have copied it from another row.
             self.history |= {"name": args.name, "reported": args.reported}
             self._write_history()
             raise Stop(f"{self.path('.json')} is finished: nothing to do", 0)
@@ -56,22 +59,21 @@ class Run:
         return len(self.history["epochs"])
 
     def start(self, parts, facts, images, device):
-        """Bring the parts, things with a state_dict, to where they were saved; begin the files.
-        The part "weights" is the model; a part may be None. `facts` go into the history:
-        environment, parameters, macs. `images` is how many an epoch has. ValueError if what was
-        saved does not fit the parts."""
+        """Bring the parts, things with a state_dict, to where they were saved; begin the files. The
+        part "weights" is the model; a part may be None. `facts` go into the history; `images` are
+        how many an epoch has. ValueError if what was saved does not fit the parts."""
         batch = self.args.batch_size
         self.sizes = [min(batch, images - first) for first in range(0, images, batch)]
         self.device, self.parts = device, parts
         self.metrics = torch.zeros(len(self.sizes), 2, device=device)  # loss, right predictions
-        self.began = self.trained = self.saved_at = time.monotonic()
+        self.began = self.trained_at = self.saved_at = time.monotonic()
         head = {"name": self.args.name, "command": format_command(), "config": self.config}
         head |= {"reported": self.args.reported} | facts
         if self.saved:
             self._restore(head)
         else:
             if self.history:
-                print("interrupted before anything was saved: beginning again", file=sys.stderr)
+                print("there is no saved state: beginning again", file=sys.stderr)
             self.history = head | {"epochs": [], "batch_losses": [], "finished": False}
         self.progress = Progress(self.epochs_done(), self.args.epochs, images)
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -88,7 +90,7 @@ class Run:
         saved = self.saved
         try:
             for name, part in self.parts.items():
-                if part:
+                if part is not None:
                     part.load_state_dict(saved[name])
             self.history = json.loads(saved["history"]) | head | {"finished": False}
             self.step, self.lr = len(saved["metrics"]), saved["lr"]
@@ -107,8 +109,8 @@ class Run:
 
     def after_batch(self, loss, correct, lr):
         """Note a batch's loss, right predictions and learning rate; save or stop if it is time to.
-        `loss` and `correct` are tensors of one number, of this process's share of the batch. Stop:
-        the loss is NaN or infinite, or a signal came."""
+        `loss` and `correct` are tensors of one number, of this process's share of the batch.
+        Raises Stop if the loss is NaN or infinite, or a signal came."""
         self.metrics[self.step] = add_up(torch.stack([loss.detach(), correct]))
         self.step, self.lr = self.step + 1, lr
         if self.device.type == "cpu" or self.step % LOOK_EVERY == 0 or self.step == len(self.sizes):
@@ -117,7 +119,7 @@ class Run:
             if wrong:
                 loss, batch = losses[wrong[0]].item(), wrong[0] + 1
                 self._stop_at(f"the loss is {loss} at epoch {self.epoch + 1}, batch {batch}")
-            self.trained = time.monotonic()
+            self.trained_at = time.monotonic()
             self.progress.show(self.epochs_done(), self.step, len(self.sizes))
             self._save_or_stop()
 
@@ -128,9 +130,8 @@ class Run:
             self._save_or_stop()
 
     def after_epoch(self, logits, labels):
-        """Validate, write the history, print the epoch's line.
-        logits (N, 10) and labels (N,) are those of this process's share of the validation
-        images."""
+        """Add an epoch's metrics to the history, write it, print their line.
+        logits (N, 10) and labels (N,) are of this process's share of the validation images."""
         loss = F.cross_entropy(logits, labels, reduction="sum")
         correct = (logits.argmax(1) == labels).sum()
         sums = torch.stack([loss, correct, torch.full_like(loss, len(labels))])
@@ -145,7 +146,7 @@ class Run:
             "train_accuracy": 100 * sum(right) / images,
             "val_loss": val_loss / val_images, "val_accuracy": 100 * val_correct / val_images,
             "seconds": now - self.began,
-            "images_per_second": images / (self.trained - self.began),
+            "images_per_second": images / (self.trained_at - self.began),
         }  # fmt: skip
         self.history["epochs"].append(epoch)
         self.history["batch_losses"] += losses
@@ -176,9 +177,8 @@ class Run:
             write_history(self.path(".json"), self.history)
 
     def _remove(self, *suffixes):
-        if RANK == 0:
-            for suffix in suffixes:
-                self.path(suffix).unlink(missing_ok=True)
+        for suffix in suffixes if RANK == 0 else ():
+            self.path(suffix).unlink(missing_ok=True)
 
     def _on_signal(self, number, frame):
         self.signal = number
@@ -210,6 +210,7 @@ class Run:
         try:
             write_checkpoint(self.path(".state.pt"), self.config, **parts,
                              history=json.dumps(self.history), lr=self.lr,
+                             precision=self.history["environment"]["precision"],
                              metrics=self.metrics[: self.step].cpu(),
                              seconds=time.monotonic() - self.began)  # fmt: skip
         except OSError as error:
@@ -218,9 +219,9 @@ class Run:
             return False
         return True
 
-    def _stop_at(self, place):
+    def _stop_at(self, what):
         self.progress.clear()
-        raise Stop(f"{place}, learning rate {self.lr:g}: try a lower --lr", 1)
+        raise Stop(f"{what}, learning rate {self.lr:g}: try a lower --lr", 1)
 
     def _say_how_to_go_on(self):
         words = [word for word in sys.argv if word not in ("--resume", "--overwrite")]
@@ -251,9 +252,8 @@ def first_process_first():
 
 
 class Progress:
-    """One line on the terminal, rewritten; nothing at all where stderr is a log or a pipe.
-    Progress is counted in epochs, the current one in part: `start` is where this process began,
-    `end` the whole run."""
+    """One line on the terminal, rewritten; nothing where stderr is a log or a pipe. It counts
+    epochs, the current one in part: `start` is where this process began, `end` the whole run."""
 
     def __init__(self, start, end, images_per_epoch):
         self.start, self.end, self.images_per_epoch = start, end, images_per_epoch

@@ -5,11 +5,10 @@ python train.py --arch 16 8 4 --fc 1 --name small             # a small one
 python train.py --arch 16 8 4 --fc 1 --name small --resume    # go on where that was interrupted
 python train.py --dataset shapes --arch 16 32 --hidden 256    # needs no data set
 python train.py --holdout 5000                                # leaves the test images unseen
-python train.py --limit 256 --epochs 1                        # try things out
 
-The weights go to runs/NAME.pt, the history to runs/NAME.json after every epoch. Until the run is
-finished, runs/NAME.state.pt is its state, saved about every minute: all that a killed run loses.
-A run's metrics are those of its last epoch. On the CPU the same options give the same metrics.
+The weights go to runs/NAME.pt at the end, the history to runs/NAME.json after every epoch. About
+every minute, and when the run is stopped, its state is saved in runs/NAME.state.pt, which --resume
+goes on from: a killed run loses what it did since. The metrics of a run are its last epoch's.
 """
 
 import contextlib
@@ -27,33 +26,33 @@ import data
 from checkpoint import claim
 from device import PRECISIONS, RANK, WORLD_SIZE, autocast, choose_device, distribute, environment
 from history import hyperparameters, make_parser, number
-from model import DEFAULTS, GATES, IMAGE_SIZE, MIXES, build_model, costs, predict, tabulate_costs
+from model import DEFAULTS, GATES, MIXES, build_model, costs, predict, tabulate_costs
 from run import Run, Stop, first_process_first, say
 
 OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}
 SHARE = slice(RANK, None, WORLD_SIZE)  # this process's images of every batch
-MOST_HALVINGS = 4  # to 2x2: batch statistics of a single image need more than one pixel
-# Endings that other files of a run have: runs/x.state.pt, runs/x-test.png ...
-RESERVED = (".state", "-test", "-gates", "-wrong", "-predictions")
+MOST_HALVINGS = 4  # 32x32 to 2x2: batch statistics of a single image need more than one pixel
+RESERVED = (".state", "-test", "-gates", "-wrong", "-predictions")  # endings of its other files
 
 
 def train(args):
     """Train the run of these options to its last epoch, from where it was saved.
-    Stop: it ends early; OSError and ValueError say why it cannot begin."""
+    Raises Stop if it ends early; OSError and ValueError say why it cannot begin."""
     run = Run(args)
     device = choose_device(args.device)
     with first_process_first():  # it may have to download
-        sets = data.load_both(args.dataset, args.data_dir, args.holdout, args.limit, device)
-    train_set, validation_set = sets
+        train_set, validation_set = data.load_both(
+            args.dataset, args.data_dir, args.holdout, args.limit, device
+        )
     model = make_model(args, device)
     optimizer = make_optimizer(model, args)
     scheduler = make_scheduler(optimizer, args, math.ceil(len(train_set) / args.batch_size))
     ema = make_ema(model, args)
-    precision = autocast(device, args.precision)
-    sum_losses = nn.CrossEntropyLoss(reduction="sum", label_smoothing=args.label_smoothing)
+    in_precision = autocast(device, run.precision)
+    criterion = nn.CrossEntropyLoss(reduction="sum", label_smoothing=args.label_smoothing)
     network = torch.compile(distribute(model)) if args.compile else distribute(model)
-    parts = {"weights": model, "optimizer": optimizer, "scheduler": scheduler, "ema": ema}
-    run.start(parts, describe_run(model, device, args), len(train_set), device)
+    state = {"weights": model, "optimizer": optimizer, "scheduler": scheduler, "ema": ema}
+    run.start(state, describe_run(model, device, run.precision), len(train_set), device)
     while run.epoch < args.epochs:
         model.train()
         for images, labels in data.batches(
@@ -61,10 +60,10 @@ def train(args):
             args.augment, SHARE,
         ):  # fmt: skip
             lr = scheduler.get_last_lr()[0]
-            torch.manual_seed(data.stream(args.seed, run.epoch, run.step, RANK))  # of dropout
-            with precision:
+            torch.manual_seed(data.derive_seed(args.seed, run.epoch, run.step, RANK))  # dropout
+            with in_precision:
                 logits = network(images)
-                loss = sum_losses(logits, labels) / run.sizes[run.step]
+                loss = criterion(logits, labels) / run.sizes[run.step]
             optimizer.zero_grad()
             (loss * WORLD_SIZE).backward()  # the processes average their gradients
             optimizer.step()
@@ -73,11 +72,11 @@ def train(args):
             if ema:
                 ema.update_parameters(model)
             correct = (logits.argmax(1) == labels).sum()
-            run.after_batch(loss, correct, lr)  # saves the state, or stops, if it is time to
+            run.after_batch(loss, correct, lr)  # saves the state if it is time to; may stop
         batches = data.batches(validation_set, args.dataset, device=device, share=SHARE)
-        logits, labels = predict(ema or network, run.interruptible(batches), precision)
+        logits, labels = predict(ema or network, run.interruptible(batches), in_precision)
         if args.schedule != "onecycle":
-            scheduler.step()  # the learning rate changes with every epoch
+            scheduler.step()  # with every epoch; a state saved during validation has not stepped
         run.after_epoch(logits, labels)
     run.finish(ema.module if ema else model)
 
@@ -94,7 +93,7 @@ def make_model(args, device):
 
 
 def make_optimizer(model, args):
-    """PyTorch's optimiser, its step fused where that exists.
+    """PyTorch's optimiser with the options that are given, its step fused where that exists.
     Without args.bias_decay, weights decay, but not biases and the scales of normalisation."""
     parameters = list(model.parameters())
     given = [(name, getattr(args, name)) for name in ("weight_decay", "momentum", "nesterov")]
@@ -109,9 +108,8 @@ def make_optimizer(model, args):
 
 
 def make_scheduler(optimizer, args, steps):
-    """PyTorch's scheduler of args.epochs epochs, stepped with each; "onecycle" with each step.
-    That warms up to args.lr over the first 30 % of the run, then down to nearly nothing (Smith and
-    Topin 2017)."""
+    """PyTorch's scheduler of args.epochs epochs, stepped with each; "onecycle" with each step: up
+    to args.lr in the first 30 % of the run, then down to nearly nothing (Smith and Topin 2017)."""
     if args.schedule == "onecycle":
         return OneCycleLR(optimizer, args.lr, args.epochs * steps, cycle_momentum=False)
     if args.schedule == "cosine":
@@ -126,11 +124,11 @@ def make_ema(model, args):
     return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema), use_buffers=True)
 
 
-def describe_run(model, device, args):
+def describe_run(model, device, precision):
     """What a history says of the model and where it trains; the first process prints it, too."""
-    with autocast(device, args.precision):
+    with autocast(device, precision):
         mix = [block.mix_on(device) for block in model.backbone.blocks().values()]
-    where = environment(device, args.precision) | {"mix": mix}
+    where = environment(device, precision) | {"mix": mix}
     rows = costs(model)
     say(f"{tabulate_costs(rows, mix)}\non {where['device']}, {where['precision']}")
     _, parameters, macs, _ = rows[-1]
@@ -147,7 +145,7 @@ def parse_args(argv=None):
     add("--data-dir", default="data", help="where CIFAR-10 is, or is downloaded to")
     add("--batch-size", type=positive, default=128, help="images per optimiser step")
     add("--holdout", type=natural, default=0, metavar="N", help="validate on N training images")
-    add("--limit", type=positive, metavar="N", help="train on the first N images only")
+    add("--limit", type=positive, metavar="N", help="train on the first N images; None: all")
     add("--augment", nargs="+", action="extend", choices=data.AUGMENTATIONS, default=[],
         help="random changes of the training images")  # fmt: skip
 
@@ -155,13 +153,14 @@ def parse_args(argv=None):
     add("--arch", type=positive, nargs="+", metavar="C", help="output channels of each block")
     add("--k", type=positive, help="convolutions per block")
     add("--gate", choices=GATES, help="activation of the coefficients")
-    add("--no-block-relu", dest="block_relu", action="store_false", help="no ReLU after a block")
+    add("--no-block-relu", dest="block_relu", action="store_false",
+        help="no ReLU after a block (with it: %(default)s)")  # fmt: skip
     add("--norm", choices=("none", "batch"), help="batch normalisation of the blocks' sums")
     add("--downsample", action="store_true", help="max pooling where the width of blocks changes")
     add("--residual", action="store_true", help="add a block's input where it keeps the width")
     add("--pool", choices=("adaptive", "avg"), help="AdaptiveAvgPool2d(8) or AvgPool2d(8)")
-    add("--fc", type=positive, help="fully connected layers")
-    add("--hidden", type=positive, help="size of the hidden ones")
+    add("--fc", type=positive, help="number of fully connected layers")
+    add("--hidden", type=positive, help="units of each hidden one")
     add("--dropout", type=fraction, help="probability, after each hidden layer")
     add("--init", choices=("he", "default"), help="initialisation: He's or PyTorch's default")
 
@@ -169,24 +168,25 @@ def parse_args(argv=None):
     add("--optimizer", choices=OPTIMIZERS, default="adamw", help="PyTorch's own")
     add("--lr", type=number(float, 0, above=True), default=0.001, help="learning rate")
     add("--weight-decay", type=number(float, 0), help="None: the optimiser's own default")
-    add("--no-bias-decay", dest="bias_decay", action="store_false", help="decay of weights only")
+    add("--no-bias-decay", dest="bias_decay", action="store_false",
+        help="no weight decay of biases and norms (with it: %(default)s)")  # fmt: skip
     add("--momentum", type=fraction, help="of sgd; None: PyTorch's default, 0")
     add("--nesterov", action="store_true", help="Nesterov's momentum")
     add("--schedule", choices=("cosine", "onecycle", "none"), default="cosine",
         help="cosine: down, epoch by epoch; onecycle: up to --lr and down, by batches")  # fmt: skip
     add("--label-smoothing", type=fraction, default=0.0, help="probability shared by all classes")
     add("--ema", type=number(float, 0, 0.9999), metavar="DECAY",
-        help="of an average of the weights, which is then validated and kept")  # fmt: skip
+        help="decay of the weights' moving average, which is then validated and kept")  # fmt: skip
     add("--epochs", type=positive, default=15, help="passes over the training images")
 
     add = parser.add_argument_group("run").add_argument
-    add("--name", help="of the files it writes; None: made from the options")
+    add("--name", help="name of its files; None: made from the options")
     add("--out", type=Path, default=Path("runs"), help="folder for them")
-    add("--seed", type=natural, default=0, help="of everything random")
+    add("--seed", type=natural, default=0, help="seed of everything random")
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps ...; auto: cuda if there is one")
     add("--precision", choices=PRECISIONS, default="auto", help="of the forward pass; auto: "
         "bfloat16 on cuda and on CPUs with instructions for it, else float32")  # fmt: skip
-    add("--mix", choices=MIXES, help="form of a block's sum: weighted outputs or mixed kernels")
+    add("--mix", choices=MIXES, help="weighted outputs or mixed kernels; auto: the faster")
     add("--compile", action="store_true", help="torch.compile the network")
     add("--resume", action="store_true", help="go on with NAME where it stopped, if it was begun")
     add("--overwrite", action="store_true", help="replace NAME")
@@ -202,7 +202,8 @@ def parse_args(argv=None):
 def refuse_contradictions(args, parser):
     """Usage errors that no single option can see."""
     if args.name is not None:
-        if args.name != Path(args.name).name or args.name in ("", ".."):
+        plain = args.name == Path(args.name).name and args.name.isprintable()
+        if not plain or args.name in ("", ".."):
             parser.error(f"--name {args.name!r} becomes part of file names; --out takes the folder")
         if args.name.endswith(RESERVED) or args.name == "comparison":
             parser.error(f"--name {args.name!r}: another run's file or picture is called so")
@@ -214,10 +215,8 @@ def refuse_contradictions(args, parser):
         parser.error("--nesterov is for --optimizer sgd with a --momentum above 0: give that")
     halvings = sum(before != after for before, after in pairwise(args.arch))
     if args.downsample and halvings > MOST_HALVINGS:
-        parser.error(
-            f"--downsample halves {IMAGE_SIZE}x{IMAGE_SIZE} images at most {MOST_HALVINGS} times; "
-            f"the widths of --arch {' '.join(map(str, args.arch))} change {halvings} times"
-        )
+        parser.error(f"--downsample halves at most {MOST_HALVINGS} times; the widths of --arch "
+                     f"{' '.join(map(str, args.arch))} change {halvings} times")  # fmt: skip
 
 
 def make_name(args, parser):
@@ -242,6 +241,12 @@ def main(argv=None):
         sys.exit(code)
     except (OSError, ValueError) as error:
         sys.exit(f"train.py: error: {error}")
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0][:200]
+        if not args.compile and not any(word in reason for word in ("memory", "alloc")):
+            raise
+        advice = "without --compile" if args.compile else "a smaller --batch-size"
+        sys.exit(f"train.py: error: {reason}: try {advice}")
     except KeyboardInterrupt:  # before the first batch
         sys.exit(130)
 

@@ -128,8 +128,11 @@ def test_row6_and_final_are_trained_once(replay, tmp_path, first, second):
     assert (tmp_path / f"{second}.pt").read_text() == first
 
 
-def test_seed_0_is_the_row_itself(replay):
-    assert list(trained(replay("row4", "--", "--seed", "0")[1])) == ["row4"]
+def test_half_a_copy_is_none(replay, tmp_path):
+    replay("row6")
+    write_program(tmp_path / "bin" / "cp", '#!/bin/sh\necho half > "$2"\nexit 1\n')
+    replay("final")
+    assert (tmp_path / "final.json").read_text() == "final"  # trained
 
 
 def test_a_signal_reaches_the_training(replay, tmp_path):
@@ -141,7 +144,7 @@ def test_a_signal_reaches_the_training(replay, tmp_path):
 
 
 def test_another_seed_is_another_run_beside_the_first(replay, tmp_path):
-    replay("row4")
+    assert list(trained(replay("row4", "--", "--seed", "0")[1])) == ["row4"]
     _, calls = replay("row4", "--", "--seed", "1")
     assert list(trained(calls)) == ["row4-seed1"]
     assert calls[-1][1:] == [str(tmp_path / f"{name}.json") for name in ("row4", "row4-seed1")]

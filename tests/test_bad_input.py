@@ -1,5 +1,3 @@
-"""Wrong options, damaged and hostile files: one clear line, the right exit code, nothing lost."""
-
 import shutil
 import zipfile
 from pathlib import Path
@@ -39,7 +37,7 @@ USAGE |= {
     "--nesterov": "--nesterov is for --optimizer sgd with a --momentum above 0",
     "--optimizer sgd --momentum 0 --nesterov": "--nesterov is for --optimizer sgd with a",
     "--downsample --arch 4 8 4 8 4 8": "--arch 4 8 4 8 4 8 change 5 times",
-    "--name a/b": "--name 'a/b'", "--name ..": "--name '..'",
+    "--name a/b": "--name 'a/b'", "--name ..": "--name '..'", "--name a\udcff": "--name 'a\\udcff'",
     "--resume --overwrite": "give one of them",
     "--name x.state": "another run's file", "--name x-test": "another run's file or picture",
     "--hold 500": "unrecognized arguments: --hold", "--depth 3": "unrecognized arguments: --depth",
@@ -47,6 +45,7 @@ USAGE |= {
 FAILURES = {
     "--device cuda:99": "--device cuda:99 does not work here",
     "--device meta": "--device meta does not work here",
+    "--device hpu": "--device hpu does not work here",
     "--device abacus": "--device abacus does not work here",
     "--limit 10001": "--limit 10001: there are 10000 training images",
     "--holdout 15": "--holdout 15: not a multiple of the 10 classes",
@@ -119,6 +118,11 @@ def flipped(path):
     torch.save(saved, path)
 
 
+def halved(path):
+    weights = {name: tensor.half() for name, tensor in build_model(GOOD).state_dict().items()}
+    write_checkpoint(path, GOOD, weights)
+
+
 def of(config, **weights):
     """A function that writes an old checkpoint, which has no digest, of a config."""
     old = {"format": OLD_FORMAT, "config": config, "weights": weights}
@@ -132,7 +136,8 @@ def of(config, **weights):
         (lambda path: path.write_bytes(PICTURE), "is not a whole checkpoint of train.py"),
         (other_program, "is not a whole checkpoint of train.py"),
         (truncated, "is not a whole checkpoint of train.py"), (compressed, "it is compressed"),
-        (flipped, "its digest is that of other weights"), (lambda path: None, "No such file"),
+        (flipped, "its digest does not match"), (lambda path: None, "No such file"),
+        (halved, "its weights do not fit its options"),
         (of(GOOD, **HUGE), "its weights are larger than the file"),
         (of(GOOD, **FEW), "its weights do not fit its options"),
         (of(["arch"]), "its weights do not fit its options"),

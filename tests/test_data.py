@@ -48,17 +48,11 @@ def test_shapes_are_the_same_every_time_and_the_test_images_are_others():
 
 
 def test_a_linear_classifier_learns_little_of_shapes():
-    torch.manual_seed(0)
-    train, test = data.load("shapes"), data.load("shapes", train=False)
-    linear = torch.nn.Linear(3 * 32 * 32, 10)
-    optimizer = torch.optim.AdamW(linear.parameters(), lr=1e-3)
-    for epoch in range(5):
-        for images, labels in data.batches(train, "shapes", 128, seed=0, epoch=epoch):
-            optimizer.zero_grad()
-            F.cross_entropy(linear(images.flatten(1)), labels).backward()
-            optimizer.step()
-    ((images, labels),) = data.batches(test, "shapes", 1_000)
-    accuracy = (linear(images.flatten(1)).argmax(1) == labels).float().mean()
+    ((images, labels),) = data.batches(data.load("shapes"), "shapes", 10_000)
+    x, targets = images.flatten(1), F.one_hot(labels).float()
+    linear = torch.linalg.solve(x.T @ x + 1e3 * torch.eye(3 * 32 * 32), x.T @ targets)
+    ((images, labels),) = data.batches(data.load("shapes", train=False), "shapes", 1_000)
+    accuracy = ((images.flatten(1) @ linear).argmax(1) == labels).float().mean()
     assert 0.05 < accuracy < 0.3
 
 

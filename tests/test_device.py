@@ -1,5 +1,3 @@
-"""Where a run computes: the precision of a CPU, several processes started by torchrun."""
-
 import os
 import signal
 import subprocess
@@ -129,7 +127,7 @@ def test_batch_statistics_are_normalised_as_pytorch_does():
     torch.manual_seed(0)
     images = (50 + 9 * torch.randn(4, 3, 5, 5)).requires_grad_()
     results = []
-    for norm in (nn.BatchNorm2d(3), device.BatchNorm2d(3)):
+    for norm in (nn.BatchNorm2d(3), device.SharedBatchNorm2d(3)):
         nn.init.constant_(norm.weight, 2)
         outputs = norm(images)
         gradients = torch.autograd.grad((outputs**3).sum(), [images, *norm.parameters()])

@@ -43,11 +43,6 @@ def checkpoint(evaluated, tmp_path):
     return tmp_path / "run.pt"
 
 
-def test_the_last_line_is_the_reports(evaluated):
-    last = evaluated.output.splitlines()[-1]
-    assert last == f"Final Model Test Accuracy: {evaluated.test['accuracy']:.2f}%"
-
-
 def test_the_test_metrics_are_those_of_the_last_epoch(evaluated):
     last = evaluated.history["epochs"][-1]
     assert evaluated.test["accuracy"] == pytest.approx(last["val_accuracy"])
@@ -64,16 +59,18 @@ def test_once_leaves_a_test_and_held_out_runs_alone(evaluated, run, tmp_path, ca
     assert "test" not in read_history(tmp_path / "run.json")
 
 
-def test_what_training_wrote_meanwhile_is_kept(checkpoint, evaluated, tmp_path, monkeypatch):
-    history, measure = evaluated.history, evaluate.measure
+@pytest.mark.parametrize("change", [{"epochs": []}, {"finished": False}, {"config": {"lr": 1}}])
+def test_a_training_meanwhile_is_noticed(checkpoint, evaluated, tmp_path, monkeypatch, change):
+    measure, meanwhile = evaluate.measure, evaluated.history | {"test": {"accuracy": 0}} | change
 
     def measure_while_training(*arguments):
-        write_history(tmp_path / "run.json", history | {"epochs": history["epochs"] * 2})
+        write_history(tmp_path / "run.json", meanwhile)
         return measure(*arguments)
 
     monkeypatch.setattr(evaluate, "measure", measure_while_training)
     evaluate.main([str(checkpoint)])
-    assert len(read_history(tmp_path / "run.json")["epochs"]) == 4
+    test = evaluated.test if "epochs" in change else {"accuracy": 0}  # the same or other weights
+    assert read_history(tmp_path / "run.json") == meanwhile | {"test": test}
 
 
 def test_metrics_are_printed_before_they_are_written(checkpoint, monkeypatch, capsys):
@@ -87,10 +84,11 @@ def test_ctrl_c_ends_a_test(checkpoint, monkeypatch):
     assert ended(evaluate.main, [str(checkpoint)]) == 130
 
 
-def test_every_class_is_printed_and_kept(evaluated):
-    for name, accuracy in evaluated.test["per_class"].items():
-        assert f"{name} {accuracy:6.2f}%" in evaluated.output
-    assert len(evaluated.test["per_class"]) == 10
+def test_every_class_is_printed_and_kept_and_the_last_line_is_the_reports(evaluated):
+    *classes, loss, last = evaluated.output.splitlines()
+    accuracies = evaluated.test["per_class"].items()
+    assert classes == [f"{name:>12} {accuracy:6.2f}%" for name, accuracy in accuracies]
+    assert last == f"Final Model Test Accuracy: {evaluated.test['accuracy']:.2f}%"
 
 
 def test_a_checkpoint_alone_is_enough(checkpoint, tmp_path, capsys):
@@ -138,9 +136,10 @@ def test_test_time_augmentation_stands_beside_the_plain_metrics(checkpoint, eval
     logits = (model(images) + model(images.flip(3))) / 2
     accuracy = 100 * (logits.argmax(1) == labels).double().mean().item()
     loss = F.cross_entropy(logits, labels).item()
+    *_, line, last = capsys.readouterr().out.splitlines()
+    assert evaluate_in(checkpoint.parent) == augmented  # without --tta, which is kept
     assert augmented.pop("tta") == pytest.approx({"accuracy": accuracy, "loss": loss})
     assert augmented == plain
-    *_, line, last = capsys.readouterr().out.splitlines()
     assert line == f"With flip test-time augmentation: {accuracy:.2f}%"
     assert last == f"Final Model Test Accuracy: {plain['accuracy']:.2f}%"
 
@@ -215,7 +214,8 @@ def test_the_name_of_a_photo_need_not_be_utf_8(checkpoint, tmp_path, capsys):
 
 
 def test_no_images_are_named_and_the_rest_classified(checkpoint, tmp_path, capsys, monkeypatch):
-    good, *bad = [tmp_path / name for name in ("good", "cut", "text", "bomb", "missing", "")]
+    good, *bad = [tmp_path / name for name in ("good", "cut", "text", "bomb", "pipe", "gone", "")]
+    os.mkfifo(bad[3])
     RED.save(good, "JPEG")
     bad[0].write_bytes(good.read_bytes()[:-20])
     bad[1].write_text("not an image")

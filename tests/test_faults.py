@@ -1,5 +1,3 @@
-"""What happens to running runs: kills, signals, full disks, a loss that is not finite."""
-
 import multiprocessing
 import os
 import random
@@ -8,6 +6,7 @@ import shutil
 import signal
 import sys
 import time
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -116,7 +115,7 @@ def test_a_disk_too_full_for_checkpoints_does_not_stop_a_run_before_its_end(whol
 def test_a_disk_too_full_for_the_history_stops_a_run_and_the_last_one_stays(whole, tmp_path):
     assert finish(start(tmp_path, "--epochs", "60", file_size=6_000, save_seconds=1000)) == 1
     (line,) = (tmp_path / "stderr").read_text().splitlines()
-    assert line.startswith("train.py: error: ") and "File too large" in line
+    assert line == f"train.py: error: [Errno 27] File too large: '{tmp_path / 'run.json'}'"
     assert len(read_history(tmp_path / "run.json")["epochs"]) >= 1
     assert set(files(tmp_path)) == {"run.json", "stderr"}
 
@@ -126,6 +125,15 @@ def test_a_run_needs_no_stderr(tmp_path):
     result = execute("sh", "-c", 'exec "$0" train.py "$@" 2>&-', sys.executable, *options)
     assert result.returncode == 0
     assert read_history(tmp_path / "run.json")["finished"]
+
+
+@pytest.mark.parametrize("option", ["--batch-size", "--compile"])
+def test_what_does_not_fit_a_machine_ends_in_a_line(run, monkeypatch, option):
+    compiled = option == "--compile"
+    error = RuntimeError("no compiler\n..." if compiled else "DefaultCPUAllocator: no memory")
+    monkeypatch.setattr(train, "predict", Mock(side_effect=error))
+    monkeypatch.setattr("torch.compile", lambda model: model)
+    assert ended(run, option if compiled else "").endswith(option)
 
 
 def test_a_folder_that_vanishes_stops_a_run_with_a_line(run, tmp_path, monkeypatch):

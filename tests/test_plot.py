@@ -1,4 +1,5 @@
 import json
+import os
 import sys
 from unittest.mock import Mock
 
@@ -62,10 +63,7 @@ def test_a_run_is_drawn_as_loss_and_accuracy_per_epoch(history):
     assert values(loss)["training"] == pytest.approx([2, 1, 2 / 3])
     assert values(loss)["validation"] == pytest.approx([2.1, 1.05, 0.7])
     assert values(accuracy) == {"training": [20, 40, 60], "validation": [15, 30, 45]}
-
-
-def test_the_last_values_are_written(history):
-    assert texts(plot.draw_run([history]).axes[1]) == ["60.00", "45.00"]
+    assert texts(accuracy) == ["60.00", "45.00"]  # the last values
 
 
 def test_the_space_between_training_and_validation_is_filled(history):
@@ -194,7 +192,7 @@ def test_old_test_figures_are_drawn_so_far_as_they_go(history, test, tmp_path):
 def test_damaged_test_figures_are_named_and_the_rest_drawn(history, test, tmp_path):
     damaged = test | {"confusion": "?", "kernels": []}
     problems = draw(*save(tmp_path, history | {"test": damaged}))
-    assert problems.count("its test metrics are damaged, evaluate it again") == 2
+    assert problems.count("is not drawn: its metrics are damaged") == 2
     assert (tmp_path / "row4.png").exists()
 
 
@@ -207,10 +205,19 @@ def test_pictures_come_in_other_formats(history, suffix, start, tmp_path):
     assert suffix == "pdf" or title.encode() in picture
 
 
-def test_two_rows_never_share_a_picture(history, tmp_path):
-    paths = save(tmp_path / "a", history) + save(tmp_path / "b", changed(history, "row4", k=2))
-    assert "would be the picture of two rows" in draw(*paths, "--out", tmp_path / "out")
+@pytest.mark.parametrize("other", [{"k": 2}, {"seed": 1}])
+def test_two_pictures_never_share_a_file(history, test, tmp_path, other):
+    tested = history | {"test": test}
+    paths = save(tmp_path / "a", tested) + save(tmp_path / "b", changed(tested, "row4", **other))
+    assert "would be two pictures" in draw(*paths, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_any_text_can_be_drawn_and_printed(history, tmp_path):
+    paths = save(tmp_path, history, changed(history, "row4-seed1", seed=1))
+    command = [sys.executable, "plot.py", *paths, "--title", os.fsdecode(b"\xff")]
+    result = execute(*command, PYTHONIOENCODING="ascii")
+    assert (result.returncode, "45.00 % \\xb1 0.00 (n = 2)" in result.stdout) == (0, True)
 
 
 def test_watching_redraws_until_the_run_is_finished(history, tmp_path, monkeypatch):

@@ -1,5 +1,3 @@
-"""How runs go on: after an interruption to the very same end, or not at all."""
-
 import math
 import os
 import random
@@ -120,6 +118,16 @@ def test_a_resumed_run_keeps_the_environment_of_its_last_start(run, stop, monkey
     assert history["reported"] == 50
     assert history["environment"]["device"] == "another"
     assert history["environment"]["mix"] == ["outputs", "outputs"]
+
+
+def test_a_run_goes_on_in_the_precision_it_began_in(run, stop, tmp_path, monkeypatch):
+    monkeypatch.setattr("device.has_bfloat16", lambda: True)
+    run("--precision auto")
+    whole = ending(tmp_path)
+    stop(6, "--precision auto --overwrite")
+    monkeypatch.setattr("device.has_bfloat16", lambda: False)
+    assert run("--precision auto --resume")["environment"]["precision"] == "bfloat16"
+    assert ending(tmp_path) == whole
 
 
 @pytest.fixture
