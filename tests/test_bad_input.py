@@ -93,6 +93,7 @@ def test_plot_names_a_folder_it_cannot_write_to(run, places, refused):
 PICTURE = b"\x89PNG\r\n\x1a\n" + bytes(100)
 GOOD = {"arch": [4], "k": 2, "fc": 1, "dataset": "shapes", "data_dir": "data"}
 FEW = dict.fromkeys("abcdefghijkl", torch.zeros(3))
+PART = "is not a whole checkpoint of train.py"
 HUGE = {"w": torch.zeros(1).expand(10**10)}  # in a small file
 
 
@@ -132,10 +133,8 @@ def of(config, **weights):
 @pytest.mark.parametrize(
     "write, message",
     [
-        (lambda path: path.write_text("text"), "is not a whole checkpoint of train.py"),
-        (lambda path: path.write_bytes(PICTURE), "is not a whole checkpoint of train.py"),
-        (other_program, "is not a whole checkpoint of train.py"),
-        (truncated, "is not a whole checkpoint of train.py"), (compressed, "it is compressed"),
+        (lambda path: path.write_text("text"), PART), (other_program, PART), (truncated, PART),
+        (lambda path: path.write_bytes(PICTURE), PART), (compressed, "it is compressed"),
         (flipped, "its digest does not match"), (lambda path: None, "No such file"),
         (halved, "its weights do not fit its options"),
         (of(GOOD, **HUGE), "its weights are larger than the file"),
@@ -204,6 +203,7 @@ def test_a_state_of_another_network_is_refused(run, tmp_path):
 
 
 HEAD = b'{"name": "x", "config": {}, "finished": true, '
+BEGUN = HEAD + b'"epochs": [], "batch_losses": [], '
 
 
 @pytest.mark.parametrize(
@@ -212,8 +212,9 @@ HEAD = b'{"name": "x", "config": {}, "finished": true, '
         (b"not JSON", "is not JSON"), (b"\xff\xfe\x00", "is not JSON"), (b'{"name": NaN}', "NaN"),
         (b"[1, 2]", "'name' is missing or no str"), (b"{}", "'name' is missing"),
         (HEAD + b'"epochs": [{}], "batch_losses": []}', "'lr' of epoch 1 is no number"),
-        (HEAD + b'"epochs": [], "batch_losses": ["a"]}',
-         "the loss of batch 1 is no number"),
+        (HEAD + b'"epochs": [], "batch_losses": ["a"]}', "the loss of batch 1 is no number"),
+        (BEGUN + b'"reported": "61"}', "'reported' is no number"), (BEGUN + b'"test": {}}', "test"),
+        (BEGUN + b'"reported": %i}' % 10**400, "is no number"), (BEGUN + b'"test": []}', "test"),
     ],
 )  # fmt: skip
 def test_a_wrong_history_is_refused(content, message, places, refused):

