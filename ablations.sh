@@ -65,6 +65,7 @@ suffix=
 device=auto
 resume=--resume
 previous=
+changed=
 for argument in "$@"; do
     case $previous in
     --out) out=$argument ;;
@@ -76,6 +77,8 @@ for argument in "$@"; do
     --device=*) device=${argument#*=} ;;
     --out=*) out=${argument#*=} ;;
     --seed=*) suffix=-seed${argument#*=} ;;
+    --out | --seed | --device | --resume) ;;
+    *) [[ $previous =~ ^--(out|seed|device)$ ]] || changed=$argument ;;
     esac
     previous=$argument
 done
@@ -114,14 +117,16 @@ draw() { # draw OPTION... HISTORY...: those that exist
 }
 
 copy_finished() { # copy_finished FROM TO: a finished run under another name, for --resume to find
+    if [ -n "$changed" ] && [[ " $replayed " != *" $1 "* ]]; then return; fi # other options than now
     local from=$out/$1$suffix to=$out/$2$suffix end
-    if [ -e "$from.pt" ] && [ ! -e "$to.json" ]; then
+    if [ -e "$from.pt" ] && [ ! -e "$from.state.pt" ] && [ ! -e "$to.json" ]; then
         for end in .pt .json; do # by way of .part: a full disk leaves no half of a file
-            cp "$from$end" "$to.part" && mv "$to.part" "$to$end" || { rm -f "$to.part" && return; }
+            cp "$from$end" "$to.part" && mv "$to.part" "$to$end" || { rm -f "$to".{part,pt} && return; }
         done
     fi
 }
 
+replayed=
 histories=()
 for row in "${rows[@]}"; do
     read -r name reported options <<<"$row"
@@ -132,6 +137,7 @@ for row in "${rows[@]}"; do
         esac
         if [ "$reported" != - ]; then options+=" --reported $reported"; fi
         replay "$name" $options
+        replayed+=" $name"
     fi
     histories+=("$out/$name.json" "$out/$name"-seed*.json)
 done

@@ -6,8 +6,8 @@ python bench.py --json results/bench/cpu.json  # keep the seconds and ratios
 
 The textbook forms are what a good student writes from the report's text. Ours compute in the
 precision that `auto` means on the machine; the textbook in float32, and in bfloat16 where that is
-what ours do. Each form has a process of its own and takes turns with the other on the same data:
-seconds are medians over the turns, ratios are taken turn by turn.
+what ours do. Each form has a process of its own and takes turns with the other: seconds are medians
+over the turns, ratios are taken turn by turn.
 """
 
 import json
@@ -195,7 +195,7 @@ def parse_args(argv=None):
     parser = make_parser(__doc__)
     add = parser.add_argument
     add("--only", nargs="+", choices=PARTS, default=PARTS, help="parts of it")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to time")
     add("--json", type=Path, metavar="FILE", help="write the results here as well")
     return parser.parse_args(argv)
 

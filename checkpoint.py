@@ -22,7 +22,6 @@ except ImportError:  # Windows: there, two runs of one name are not kept apart
     fcntl = None
 
 FORMAT = "gated multi-convolution checkpoint 2"
-OLD_FORMAT = "gated multi-convolution checkpoint 1"  # had no digest
 
 
 def write_checkpoint(path, config, weights, **more):
@@ -47,13 +46,12 @@ def load_checkpoint(path):
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
                 raise ValueError("it is compressed")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if checkpoint["format"] not in (FORMAT, OLD_FORMAT):
+        if checkpoint["format"] != FORMAT:
             raise ValueError(f"its format is {checkpoint['format']!r}")
         tensors = checkpoint["weights"].values()
         if sum(tensor.numel() * tensor.element_size() for tensor in tensors) > path.stat().st_size:
             raise ValueError("its weights are larger than the file")
-        digest = checkpoint.pop("digest", None)
-        if checkpoint["format"] == FORMAT and digest != compute_digest(checkpoint):
+        if checkpoint.pop("digest", None) != compute_digest(checkpoint):
             raise ValueError("it is damaged: its digest does not match")
     except Exception as error:  # a damaged file can make the readers raise nearly anything
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

@@ -1,7 +1,6 @@
 """The data set as tensors, and batches of it on the device.
 
     train, test = load("cifar10", "data"), load("cifar10", "data", train=False)
-    train, validation = hold_out(train, 5000)
     for images, labels in batches(train, "cifar10", 128, device="cuda", seed=0, epoch=3):
         ...  # float32 (N, 3, 32, 32), normalised; int64 (N,)
 

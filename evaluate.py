@@ -41,7 +41,7 @@ def evaluate(args):
         return
     config, model, device, in_precision = open_checkpoint(args)
     dataset = config["dataset"]
-    images = load(dataset, args.data_dir or str(config["data_dir"]), train=False)
+    images = load(dataset, args.data_dir or str(config.get("data_dir")), train=False)
     loader = list(batches(images, dataset, device=device))
     metrics = measure(model, loader, in_precision, CLASSES[dataset], args.tta)
 
@@ -69,10 +69,10 @@ def open_checkpoint(args):
     device = choose_device(args.device)
     checkpoint = load_checkpoint(args.checkpoint)
     model = rebuild(checkpoint, args.checkpoint)
-    config = {"data_dir": "data", "precision": "auto"} | checkpoint["config"]
-    if config.get("dataset") not in list(CLASSES) or config["precision"] not in PRECISIONS:
+    config, precision = checkpoint["config"], checkpoint.get("precision")
+    if config.get("dataset") not in list(CLASSES) or precision not in PRECISIONS:
         raise ValueError(f"{args.checkpoint} is of an unknown data set or precision")
-    precision = config["precision"] if args.precision == "auto" else args.precision
+    precision = precision if args.precision == "auto" else args.precision
     return config, model.to(device), device, autocast(device, precision)
 
 

@@ -109,13 +109,14 @@ def refuse_other_options(before, now, path):
 
 
 def group(histories):
-    """Histories grouped into rows: runs of one reported figure, alike but for the seed, each
-    once."""
+    """Histories grouped into rows: runs of one reported figure, alike but for the seed; of two with
+    the same seed the finished one, or the first."""
     rows = {}
     for history in histories:
         options = hyperparameters(history["config"]) | {"seed": None}
         key = json.dumps([options, history["reported"]], sort_keys=True)
-        rows.setdefault(key, {}).setdefault(history["config"].get("seed", 0), history)
+        runs, seed = rows.setdefault(key, {}), history["config"].get("seed", 0)
+        runs[seed] = max(runs.get(seed, history), history, key=lambda run: run["finished"])
     return [[row[seed] for seed in sorted(row)] for row in rows.values()]
 
 
@@ -167,6 +168,7 @@ def tabulate(rows):
 
 def _make_cells(row):
     """A row's cells in the table from "parameters" on."""
+    row = choose_settled(row)
     reported, parameters = row[0]["reported"], row[0].get("parameters")
     cells = [f"{parameters:,}" if isinstance(parameters, int) else "",
              "" if reported is None else f"{reported:.2f} %"]  # fmt: skip
@@ -177,11 +179,10 @@ def _make_cells(row):
     result = f"{mean:.2f} %"
     if len(values) > 1:
         result += f" ± {statistics.stdev(values):.2f} (n = {len(values)})"
-    settled = choose_settled(row)
-    held_out = row[0]["config"].get("holdout") and not all("test" in run for run in settled)
+    held_out = row[0]["config"].get("holdout") and not all("test" in run for run in row)
     result += " on held-out images" if held_out else ""
     difference = "" if reported is None or held_out else f"{mean - reported:+.2f}"
-    seconds = [math.fsum(epoch["seconds"] for epoch in run["epochs"]) for run in settled]
+    seconds = [math.fsum(e["seconds"] for e in run["epochs"]) for run in row if run["epochs"]]
     return [*cells, result + note_unfinished(row), difference, f"{statistics.fmean(seconds):,.1f}"]
 
 

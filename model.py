@@ -187,11 +187,10 @@ def costs(model):
 
 def tabulate_costs(rows, mixes):
     """What `costs` returns as a table for people, with the form that each block computes in."""
-    table = "              parameters   MACs/image, k convolutions   with mixed kernels   runs as"
+    lines = ["              parameters   MACs/image, k convolutions   with mixed kernels   runs as"]
     for (name, parameters, textbook, mixed), mix in zip(rows, [*mixes, "", ""]):
-        line = f"{name:<10} {parameters:>13,} {textbook:>28,} {mixed:>20,}   {mix}"
-        table += "\n" + line.rstrip()
-    return table
+        lines.append(f"{name:<10} {parameters:>13,} {textbook:>28,} {mixed:>20,}   {mix}".rstrip())
+    return "\n".join(lines)
 
 
 class MixedConvolution(torch.autograd.Function):

@@ -39,8 +39,11 @@ class Run:
         self.args, self.config = args, vars(args) | {"out": str(args.out)}
         self.step, self.lr, self.signal, self.save_seconds = 0, None, 0, SAVE_SECONDS
         self.history, self.saved = find_run(args.out, self.config)
-        # A run that began in one precision goes on in it, on whatever CPU.
-        self.precision = (self.saved or {}).get("precision", args.precision)
+        # On whatever CPU, a run goes on in the precision that it began in.
+        began = json.loads((self.saved or {}).get("history", "{}")).get("environment", {})
+        self.precision = began.get("precision", args.precision)
+        if self.history and args.reported is None:
+            args.reported = self.config["reported"] = self.history["reported"]
         if self.history and self.history["finished"] and not self.saved:
             if args.schedule != "none":
                 self._remove(".state.pt")  # a kill may have left it
@@ -73,7 +76,7 @@ class Run:
             self._restore(head)
         else:
             if self.history:
-                print("there is no saved state: beginning again", file=sys.stderr)
+                say("there is no saved state: beginning again")
             self.history = head | {"epochs": [], "batch_losses": [], "finished": False}
         self.progress = Progress(self.epochs_done(), self.args.epochs, images)
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -123,7 +126,7 @@ class Run:
             self.progress.show(self.epochs_done(), self.step, len(self.sizes))
             self._save_or_stop()
 
-    def interruptible(self, batches):
+    def save_between(self, batches):
         """The batches of a validation: after each of them the run may be saved or stopped."""
         for batch in batches:
             yield batch
@@ -160,7 +163,8 @@ class Run:
         A run without a schedule keeps a state, since it may be given more epochs."""
         if RANK == 0:
             try:
-                write_checkpoint(self.path(".pt"), self.config, model.state_dict())
+                more = {"precision": self.history["environment"]["precision"]}
+                write_checkpoint(self.path(".pt"), self.config, model.state_dict(), **more)
             except OSError as error:
                 reason = f"no weights written ({error}); {self._say_how_to_go_on()}"
                 raise Stop(reason, 1) from error
@@ -210,7 +214,6 @@ class Run:
         try:
             write_checkpoint(self.path(".state.pt"), self.config, **parts,
                              history=json.dumps(self.history), lr=self.lr,
-                             precision=self.history["environment"]["precision"],
                              metrics=self.metrics[: self.step].cpu(),
                              seconds=time.monotonic() - self.began)  # fmt: skip
         except OSError as error:
@@ -265,7 +268,7 @@ class Progress:
         if self.on_terminal and done > self.start:
             speed = (done - self.start) / (time.monotonic() - self.began)  # epochs per second
             rate, left = self.images_per_epoch * speed, format_seconds((self.end - done) / speed)
-            line = f"{int(done) + 1:>3}/{self.end}  batch {step}/{steps}  {rate:,.0f} images/s"
+            line = f"{math.ceil(done):>3}/{self.end}  batch {step}/{steps}  {rate:,.0f} images/s"
             print(f"\r{f'{line}  {left} left':<78}", end="", file=sys.stderr, flush=True)
 
     def clear(self):

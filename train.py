@@ -8,7 +8,7 @@ python train.py --holdout 5000                                # leaves the test 
 
 The weights go to runs/NAME.pt at the end, the history to runs/NAME.json after every epoch. About
 every minute, and when the run is stopped, its state is saved in runs/NAME.state.pt, which --resume
-goes on from: a killed run loses what it did since. The metrics of a run are its last epoch's.
+goes on from: kill -9 loses what came after it. The metrics of a run are its last epoch's.
 """
 
 import contextlib
@@ -51,8 +51,8 @@ def train(args):
     in_precision = autocast(device, run.precision)
     criterion = nn.CrossEntropyLoss(reduction="sum", label_smoothing=args.label_smoothing)
     network = torch.compile(distribute(model)) if args.compile else distribute(model)
-    state = {"weights": model, "optimizer": optimizer, "scheduler": scheduler, "ema": ema}
-    run.start(state, describe_run(model, device, run.precision), len(train_set), device)
+    parts = {"weights": model, "optimizer": optimizer, "scheduler": scheduler, "ema": ema}
+    run.start(parts, describe_run(model, device, run.precision), len(train_set), device)
     while run.epoch < args.epochs:
         model.train()
         for images, labels in data.batches(
@@ -74,9 +74,9 @@ def train(args):
             correct = (logits.argmax(1) == labels).sum()
             run.after_batch(loss, correct, lr)  # saves the state if it is time to; may stop
         batches = data.batches(validation_set, args.dataset, device=device, share=SHARE)
-        logits, labels = predict(ema or network, run.interruptible(batches), in_precision)
+        logits, labels = predict(ema or network, run.save_between(batches), in_precision)
         if args.schedule != "onecycle":
-            scheduler.step()  # with every epoch; a state saved during validation has not stepped
+            scheduler.step()  # or with every epoch; a state saved in validation has not stepped
         run.after_epoch(logits, labels)
     run.finish(ema.module if ema else model)
 

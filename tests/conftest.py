@@ -109,13 +109,11 @@ def stop(run, monkeypatch):
 
 
 def evaluate_in(folder, *options):
-    """Evaluate the run in a folder; the test figures in its history."""
     evaluate.main([str(folder / "run.pt"), *options])
     return read_history(folder / "run.json")["test"]
 
 
 def weights(folder):
-    """The weights of the run in a folder."""
     return load_checkpoint(folder / "run.pt")["weights"]
 
 

@@ -74,7 +74,6 @@ PARTS = {
 
 
 def recipe(*names):
-    """The options of these parts together."""
     options = {key: value for name in names for key, value in PARTS[name].items()}
     augment = [word for name in names for word in PARTS[name].get("augment", [])]
     return options | ({"augment": augment} if augment else {})
@@ -133,6 +132,12 @@ def test_half_a_copy_is_none(replay, tmp_path):
     write_program(tmp_path / "bin" / "cp", '#!/bin/sh\necho half > "$2"\nexit 1\n')
     replay("final")
     assert (tmp_path / "final.json").read_text() == "final"  # trained
+
+
+def test_other_options_are_trained_anew(replay, tmp_path):
+    replay("row6")
+    replay("final", "--", "--epochs", "1")
+    assert (tmp_path / "final.json").read_text() == "final"
 
 
 def test_a_signal_reaches_the_training(replay, tmp_path):

@@ -9,7 +9,7 @@ from conftest import CIFAR10, TINY, ended, files, needs_cifar10, weights
 import evaluate
 import plot
 import train
-from checkpoint import FORMAT, OLD_FORMAT, compute_digest, load_checkpoint, write_checkpoint
+from checkpoint import FORMAT, compute_digest, load_checkpoint, write_checkpoint
 from model import build_model
 
 NO_CHOICE = (
@@ -94,7 +94,7 @@ PICTURE = b"\x89PNG\r\n\x1a\n" + bytes(100)
 GOOD = {"arch": [4], "k": 2, "fc": 1, "dataset": "shapes", "data_dir": "data"}
 FEW = dict.fromkeys("abcdefghijkl", torch.zeros(3))
 PART = "is not a whole checkpoint of train.py"
-HUGE = {"w": torch.zeros(1).expand(10**10)}  # in a small file
+HUGE = {"format": FORMAT, "weights": {"w": torch.zeros(1).expand(10**10)}}  # in a small file
 
 
 def other_program(path):
@@ -125,9 +125,7 @@ def halved(path):
 
 
 def of(config, **weights):
-    """A function that writes an old checkpoint, which has no digest, of a config."""
-    old = {"format": OLD_FORMAT, "config": config, "weights": weights}
-    return lambda path: torch.save(old, path)
+    return lambda path: write_checkpoint(path, config, weights)
 
 
 @pytest.mark.parametrize(
@@ -137,7 +135,7 @@ def of(config, **weights):
         (lambda path: path.write_bytes(PICTURE), PART), (compressed, "it is compressed"),
         (flipped, "its digest does not match"), (lambda path: None, "No such file"),
         (halved, "its weights do not fit its options"),
-        (of(GOOD, **HUGE), "its weights are larger than the file"),
+        (lambda path: torch.save(HUGE, path), "its weights are larger than the file"),
         (of(GOOD, **FEW), "its weights do not fit its options"),
         (of(["arch"]), "its weights do not fit its options"),
         (of(GOOD | {"fc": 10**7}, **FEW), "it has more layers than weights"),

@@ -54,8 +54,7 @@ def train_with_two(folder, *options):
     return [*torchrun, "--nproc-per-node=2", *script]
 
 
-def close(history, expected):
-    """Assert that all figures of two histories are equal but for rounding."""
+def assert_close(history, expected):
     assert history["batch_losses"] == pytest.approx(expected["batch_losses"], rel=1e-5)
     for epoch, other in zip(history["epochs"], expected["epochs"]):
         for figure in ("train_loss", "train_accuracy", "val_loss", "val_accuracy"):
@@ -67,7 +66,7 @@ def test_two_processes_give_the_losses_of_one(run, tmp_path):
     result = execute(*train_with_two(tmp_path / "two", *recipe))
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("block1") == 1  # one process alone prints
-    close(read_history(tmp_path / "two" / "run.json"), run(*OPTIONS, *recipe))
+    assert_close(read_history(tmp_path / "two" / "run.json"), run(*OPTIONS, *recipe))
 
 
 @pytest.fixture
@@ -93,7 +92,7 @@ def test_a_stopped_run_goes_on_with_another_number_of_processes(running, run, tm
     assert running.wait(60) != 0
     assert (tmp_path / "two" / "run.state.pt").exists()
     resumed = run(*OPTIONS, *LONG, "--resume", out=tmp_path / "two")
-    close(resumed, run(*OPTIONS, *LONG))
+    assert_close(resumed, run(*OPTIONS, *LONG))
 
 
 def test_shares_of_a_batch_are_disjoint_and_complete():

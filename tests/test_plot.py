@@ -12,17 +12,14 @@ from history import group, write_history
 
 
 def values(axes):
-    """The y values of an axes' labelled lines, by label."""
     return {line.get_label(): list(line.get_ydata()) for line in axes.lines}
 
 
 def texts(axes):
-    """What is written inside an axes."""
     return [text.get_text() for text in axes.texts]
 
 
 def save(folder, *histories):
-    """Write histories into a folder; their paths."""
     folder.mkdir(exist_ok=True)
     paths = [folder / f"{history['name']}.json" for history in histories]
     for path, history in zip(paths, histories):
@@ -36,7 +33,6 @@ def draw(*arguments):
 
 
 def pictures(folder):
-    """The names of the pictures in a folder."""
     return sorted(path.name for path in folder.glob("*.png"))
 
 

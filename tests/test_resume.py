@@ -7,6 +7,7 @@ import pytest
 from conftest import RECIPE, ended, ending, files, without_times
 
 import train
+from checkpoint import load_checkpoint
 from history import read_history, write_history
 from run import Run
 
@@ -111,13 +112,15 @@ def test_options_that_do_not_change_the_result_may_differ(run, tmp_path):
     assert without_times(resumed) == without_times(whole)
 
 
-def test_a_resumed_run_keeps_the_environment_of_its_last_start(run, stop, monkeypatch):
+def test_a_resumed_run_keeps_the_environment_of_its_last_start(run, stop, tmp_path, monkeypatch):
     stop(2, "--reported 40")
     monkeypatch.setattr(train, "environment", lambda *_: {"device": "another", "precision": "?"})
     history = run("--resume --reported 50 --mix outputs")
     assert history["reported"] == 50
     assert history["environment"]["device"] == "another"
     assert history["environment"]["mix"] == ["outputs", "outputs"]
+    assert ended(run, "--resume") == 0
+    assert read_history(tmp_path / "run.json")["reported"] == 50  # not given, not lost
 
 
 def test_a_run_goes_on_in_the_precision_it_began_in(run, stop, tmp_path, monkeypatch):
@@ -128,6 +131,7 @@ def test_a_run_goes_on_in_the_precision_it_began_in(run, stop, tmp_path, monkeyp
     monkeypatch.setattr("device.has_bfloat16", lambda: False)
     assert run("--precision auto --resume")["environment"]["precision"] == "bfloat16"
     assert ending(tmp_path) == whole
+    assert load_checkpoint(tmp_path / "run.pt")["precision"] == "bfloat16"  # of tests, too
 
 
 @pytest.fixture

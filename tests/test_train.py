@@ -28,7 +28,6 @@ def rates():
 
 
 def tiny(options):
-    """The parsed options of the tiny run, changed by others."""
     return parse_args([*TINY, *options.split()])
 
 
