@@ -24,7 +24,7 @@ BLUE, ORANGE = COLOURS[:2]
 SHADES = "Blues"  # light is little: in grey the same
 WIDTH = 7.2  # inches, a printed page between its margins
 COLUMNS = 6  # of the misclassified images
-MOST_BANKS = 16  # of kernels, or coefficients, drawn
+MOST = 16  # blocks, banks of kernels or coefficients in a picture
 
 
 def style(axes, x_label, y_label):
@@ -117,8 +117,8 @@ def draw_calibration(axes, calibration):
 
 def draw_gates(test, title):
     """A Figure of the gates' coefficients a_1 ... a_k of every block, and of the first kernels. Of
-    test metrics it needs per_class, gates and kernels (else KeyError); it draws MOST_BANKS."""
-    gates, banks, names = test["gates"], test["kernels"][:MOST_BANKS], list(test["per_class"])
+    test metrics it needs per_class, gates and kernels (else KeyError); it draws MOST."""
+    gates, banks, names = test["gates"][:MOST], test["kernels"][:MOST], list(test["per_class"])
     k = len(banks)
     heights = 0.8 + len(gates) * (0.35 + 0.25 * k), 0.3 + min(WIDTH / k, 2.6)  # inches
     figure = start_figure(f"{title}: coefficients of the gates", sum(heights) + 0.4)
@@ -140,14 +140,14 @@ def draw_gates(test, title):
 
 def draw_coefficients(means, spread, gate, names):
     """One block's gate: a heat map of its mean coefficients, a box for each over all images."""
-    shown = np.array(gate["mean_per_class"]).T[:MOST_BANKS]  # (k, classes)
+    shown = np.array(gate["mean_per_class"]).T[:MOST]  # (k, classes)
     low, high = min(0, shown.min()), shown.max()
     high = high if high > low else low + 1  # a gate that is always shut
     texts = [f"{v:.2f}" if abs(v) < 10 else f"{v:.3g}" for v in shown.flat]
     draw_heat_map(means, shown, texts, low, high, names)
     means.set_yticks(range(len(shown)), [f"a{number}" for number in range(1, len(shown) + 1)])
     means.set_ylabel(gate["block"])
-    least, first, middle, third, most = np.array(gate["quantiles"][:MOST_BANKS]).T
+    least, first, middle, third, most = np.array(gate["quantiles"][:MOST]).T
     places = np.arange(len(least))
     spread.hlines(places, least, most, color="black", linewidth=1)
     spread.barh(places, third - first, 0.6, first, color="white", edgecolor="black")
