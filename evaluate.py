@@ -69,7 +69,8 @@ def open_checkpoint(args):
     device = choose_device(args.device)
     checkpoint = load_checkpoint(args.checkpoint)
     model = rebuild(checkpoint, args.checkpoint)
-    config, precision = checkpoint["config"], checkpoint.get("precision")
+    config = checkpoint["config"]
+    precision = checkpoint.get("precision", config.get("precision"))  # of training
     if config.get("dataset") not in list(CLASSES) or precision not in PRECISIONS:
         raise ValueError(f"{args.checkpoint} is of an unknown data set or precision")
     precision = precision if args.precision == "auto" else args.precision

@@ -195,7 +195,7 @@ def spread(series):
 
 
 def watch(args):
-    """Draw a run's curves whenever its history changes, until it is finished: no problems."""
+    """Draw a run's curves whenever its history changes, until it is finished."""
     (path,) = args.histories
     run, drawn = {"finished": False}, None
     while not run["finished"]:
@@ -205,7 +205,6 @@ def watch(args):
             save(draw_run([run], args.title), choose_target(args, path, path.stem))
         else:
             time.sleep(WATCH_SECONDS)
-    return []
 
 
 def choose_target(args, path, name):
@@ -240,7 +239,7 @@ def main(argv=None):
         sys.exit(f"plot.py: error: {error}")
     except KeyboardInterrupt:
         sys.exit(0 if args.watch else 130)  # Ctrl-C is how a watch ends
-    sys.exit("\n".join(f"plot.py: error: {problem}" for problem in problems) or 0)
+    sys.exit("\n".join(f"plot.py: error: {problem}" for problem in problems or ()) or 0)
 
 
 if __name__ == "__main__":
