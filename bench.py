@@ -10,7 +10,6 @@ what ours do. Each form has a process of its own and takes turns with the other:
 over the turns, ratios are taken turn by turn.
 """
 
-import json
 import multiprocessing
 import os
 import sys
@@ -23,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from device import autocast, choose_device, describe, precision_on
-from history import make_parser, write_text
+from device import autocast, choose_device, environment, precision_on
+from history import make_parser, write_history
 from model import Block, build_model
 
 ROWS = {  # of ablations.sh: options of the network, batch size
@@ -77,17 +76,16 @@ def compare(what, ours, other, name, turns=3):
 
 def prepare(build, *arguments):
     """In a process of its own: build the function that time_step times."""
-    global step, synchronise
+    global step
     step = build(*arguments)
-    synchronise = torch.cuda.synchronize if torch.cuda.is_initialized() else lambda: None
 
 
 def time_step():
     """Wall-clock seconds of a call, the device's work included."""
-    synchronise()
     began = time.perf_counter()
     step()
-    synchronise()
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
     return time.perf_counter() - began
 
 
@@ -143,10 +141,9 @@ def build_training(row, device, precision, textbook=False):
     model = build_model(options)
     if textbook:
         layers = [TextbookBlock(b) if isinstance(b, Block) else b for b in model.backbone]
-        model.backbone = nn.Sequential(*layers)
+        model.backbone = nn.Sequential(*layers)  # its pools stay ours, which are the faster
     model = place(model, device)
-    fused = device.type == "cuda" or not textbook
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.001, fused=fused)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=device.type == "cuda" or not textbook)
     images = torch.randn(batch, 3, 32, 32, device=device)
     labels = torch.randint(10, (batch,), device=device)
 
@@ -206,14 +203,13 @@ def main(argv=None):
     try:
         device = choose_device(args.device)
         os.environ.pop("THP_MEM_ALLOC_ENABLE", None)  # of keep_memory: not for textbook forms
-        report = {"device": describe(device), "threads": torch.get_num_threads(),
-                  "torch": torch.__version__, "precision": precision_on(device)}  # fmt: skip
-        print(f"{report['device']}, PyTorch {torch.__version__}, ours in {report['precision']}")
+        report = environment(device, "auto")
+        print(f"{report['device']}, PyTorch {report['torch']}, ours in {report['precision']}")
         print(f"{'':<46} {'ours, ms':>9} {'other':>9}   other / ours")
         report["results"] = list(bench(args.only, device))
         if args.json:
             args.json.parent.mkdir(parents=True, exist_ok=True)
-            write_text(args.json, json.dumps(report, indent=1) + "\n")
+            write_history(args.json, report)
     except (OSError, ValueError) as error:
         sys.exit(f"bench.py: error: {error}")
     except KeyboardInterrupt:

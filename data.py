@@ -106,9 +106,7 @@ def batches(dataset, name, batch_size=EVALUATION_BATCH, device="cpu", seed=None,
     """Yield (images, labels) of a TensorDataset on the device, from batch number `start` on:
     float32 (N, 3, 32, 32), normalised for the data set `name`, and int64 (N,). With a seed every
     epoch has a shuffle of its own and `augment` (of AUGMENTATIONS) applies; without one the order
-    is the data set's. The last batch may be smaller. `share`, a slice: this process's part of
-    it."""
-    device = torch.device(device)
+    is the data set's. The last batch may be smaller. `share`, a slice: this process's part."""
     images, labels = (tensor.to(device) for tensor in dataset.tensors)
     order = torch.arange(len(dataset))
     if seed is not None:

@@ -96,11 +96,9 @@ def environment(device, precision):
         commit = subprocess.run(describe_commit, capture_output=True, text=True).stdout.strip()
     except OSError:  # no git on this machine
         commit = None
-    return {
-        "python": platform.python_version(), "torch": torch.__version__,
-        "torchvision": torchvision.__version__, "device": describe(device),
-        "precision": precision_on(device, precision), "commit": commit or None,
-    }  # fmt: skip
+    return {"python": platform.python_version(), "torch": torch.__version__,
+            "torchvision": torchvision.__version__, "device": describe(device),
+            "precision": precision_on(device, precision), "commit": commit or None}  # fmt: skip
 
 
 def wait():

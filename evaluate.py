@@ -133,12 +133,9 @@ def find_most_wrong(percentages, labels, classes):
     """The misclassified images of probabilities (N, 10), in per cent, the most confident first."""
     confidence, predicted = percentages.max(1)
     wrong = (predicted != labels).nonzero().flatten()
-    order = confidence[wrong].argsort(descending=True, stable=True)
-    return [
-        {"index": index, "true": classes[labels[index]], "predicted": classes[predicted[index]],
-         "confidence": confidence[index].item()}
-        for index in wrong[order[:WRONG]].tolist()
-    ]  # fmt: skip
+    order = confidence[wrong].argsort(descending=True, stable=True)[:WRONG]
+    return [{"index": i, "true": classes[labels[i]], "predicted": classes[predicted[i]],
+             "confidence": confidence[i].item()} for i in wrong[order].tolist()]  # fmt: skip
 
 
 def measure_gate(coefficients, labels, classes):
@@ -146,23 +143,20 @@ def measure_gate(coefficients, labels, classes):
     members = F.one_hot(labels, len(classes)).T.float()
     means = members @ coefficients / members.sum(1, keepdim=True).clamp(min=1)
     levels = torch.tensor(QUANTILES, device=coefficients.device)
-    return {
-        "mean_per_class": means.tolist(),
-        "quantiles": coefficients.quantile(levels, dim=0).T.tolist(),
-    }
+    quantiles = coefficients.quantile(levels, dim=0).T
+    return {"mean_per_class": means.tolist(), "quantiles": quantiles.tolist()}
 
 
 @contextlib.contextmanager
 def keep_coefficients(model):
     """For each block, by name, a list of its coefficients (N, k) of every batch."""
-    kept, hooks = {}, []
-    for name, block in model.backbone.blocks().items():
-        keep = kept[name] = []
-        hook = block.gate.register_forward_hook(lambda *call, keep=keep: keep.append(call[-1]))
-        hooks.append(hook)
-    yield kept
-    for hook in hooks:
-        hook.remove()
+    kept = {}
+    with contextlib.ExitStack() as hooks:
+        for name, block in model.backbone.blocks().items():
+            keep = kept[name] = []
+            hook = block.gate.register_forward_hook(lambda *call, keep=keep: keep.append(call[-1]))
+            hooks.enter_context(hook)
+        yield kept
 
 
 def compute_percentages(logits):

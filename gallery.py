@@ -52,8 +52,7 @@ def save(figure, path):
 
 
 def draw_test(test, title):
-    """A Figure of test metrics: confusion matrix, per-class accuracy, calibration (else
-    KeyError)."""
+    """A Figure of test metrics (else KeyError): confusion, per-class accuracy, calibration."""
     title = f"{title}: {test['images']:,} test images, {test['accuracy']:.2f} % right"
     figure = start_figure(title, 9.2)
     panels = figure.subplot_mosaic([["confusion"] * 2, ["classes", "calibration"]],

@@ -57,8 +57,7 @@ def draw_all(args):
 
 
 def list_pictures(args, runs, rows):
-    """What draws each picture, by its file: (function, arguments ...); ValueError if two share
-    it."""
+    """What draws each picture, by its file: (function, arguments ...); ValueError if two share."""
     pictures, paths = {}, {id(run): path for path, run in runs.items()}
     title = args.title if len(rows) == 1 else None
 

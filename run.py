@@ -143,14 +143,12 @@ class Run:
             self._stop_at(f"the validation loss is {val_loss} after epoch {self.epoch + 1}")
         losses, right = self.metrics.T.tolist()
         images, now = sum(self.sizes), time.monotonic()
-        epoch = {
-            "epoch": self.epoch + 1, "lr": self.lr,
-            "train_loss": sum(loss * size for loss, size in zip(losses, self.sizes)) / images,
-            "train_accuracy": 100 * sum(right) / images,
-            "val_loss": val_loss / val_images, "val_accuracy": 100 * val_correct / val_images,
-            "seconds": now - self.began,
-            "images_per_second": images / (self.trained_at - self.began),
-        }  # fmt: skip
+        epoch = {"epoch": self.epoch + 1, "lr": self.lr,
+                 "train_loss": sum(loss * size for loss, size in zip(losses, self.sizes)) / images,
+                 "train_accuracy": 100 * sum(right) / images,
+                 "val_loss": val_loss / val_images, "val_accuracy": 100 * val_correct / val_images,
+                 "seconds": now - self.began,
+                 "images_per_second": images / (self.trained_at - self.began)}  # fmt: skip
         self.history["epochs"].append(epoch)
         self.history["batch_losses"] += losses
         self.step, self.began = 0, now

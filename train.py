@@ -41,9 +41,8 @@ def train(args):
     run = Run(args)
     device = choose_device(args.device)
     with first_process_first():  # it may have to download
-        train_set, validation_set = data.load_both(
-            args.dataset, args.data_dir, args.holdout, args.limit, device
-        )
+        both = data.load_both(args.dataset, args.data_dir, args.holdout, args.limit, device)
+    train_set, validation_set = both
     model = make_model(args, device)
     optimizer = make_optimizer(model, args)
     scheduler = make_scheduler(optimizer, args, math.ceil(len(train_set) / args.batch_size))

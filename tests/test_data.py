@@ -17,10 +17,8 @@ def numbered(count):
 def order(dataset, **options):
     """The numbers of `numbered` images as batches yields them, batch by batch."""
     mean, std = (torch.tensor(values) for values in data.NORMALISATION["cifar10"])
-    return [
-        ((images[:, 0, 0, 0] * std[0] + mean[0]) * 255).round().int().tolist()
-        for images, _ in data.batches(dataset, "cifar10", 16, **options)
-    ]
+    batches = data.batches(dataset, "cifar10", 16, **options)
+    return [((x[:, 0, 0, 0] * std[0] + mean[0]) * 255).round().int().tolist() for x, _ in batches]
 
 
 @needs_cifar10

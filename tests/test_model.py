@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from device import autocast
-from model import GATES, Block, build_model, costs
+from model import GATES, Block, Pool, build_model, costs
 
 
 def textbook(block, images):
@@ -67,22 +67,19 @@ def test_the_backbone_has_a_block_per_entry_and_keeps_the_image_size():
     backbone = build_model({"arch": [4, 6, 5], "hidden": 8}).backbone
     assert [name for name, _ in backbone.named_children()] == ["block1", "block2", "block3"]
     assert [block.convs.in_channels for block in backbone] == [3, 4, 6]
-    assert backbone(torch.randn(2, 3, 32, 32)).shape == (2, 5, 32, 32)
+    images = torch.randn(2, 3, 32, 32)
+    assert backbone(images).shape == (2, 5, 32, 32)
+    assert build_model({"arch": [4], "block_relu": False, "fc": 1}).backbone(images).min() < 0
 
 
 def test_fully_connected_layers_have_relu_and_dropout_between_them():
     classifier = build_model({"arch": [4], "fc": 3, "hidden": 20, "dropout": 0.3}).classifier
     names = [type(layer).__name__ for layer in classifier]
     hidden = ["Linear", "ReLU", "Dropout"]
-    assert names == ["AdaptiveAvgPool2d", "Flatten", *hidden, *hidden, "Linear"]
+    assert names == ["Pool", "Flatten", *hidden, *hidden, "Linear"]
     sizes = [(layer.in_features, layer.out_features) for layer in list(classifier)[2::3]]
     assert sizes == [(256, 20), (20, 20), (20, 10)]
     assert classifier[4].p == 0.3
-
-
-def test_the_blocks_can_go_without_relu():
-    model = build_model({"arch": [4, 6], "block_relu": False, "fc": 1})
-    assert model.backbone(torch.randn(2, 3, 32, 32)).min() < 0
 
 
 @pytest.mark.parametrize("init", ["he", "default"])
@@ -130,16 +127,24 @@ def test_a_residual_block_adds_its_input_where_it_keeps_the_width():
 
 def test_downsampling_halves_the_images_between_blocks_of_different_width():
     model = build_model({"arch": [4, 4, 6, 6, 8], "downsample": True, "fc": 1})
-    images, sizes = torch.randn(2, 3, 32, 32), {}
-    for name, layer in model.backbone.named_children():
+    images, sizes = torch.randn(2, 3, 32, 32), []
+    for layer in model.backbone:
         images = layer(images)
-        sizes[name] = images.shape[-1]
-    assert sizes == {
-        "block1": 32, "block2": 32, "pool2": 16, "block3": 16, "block4": 16, "pool4": 8, "block5": 8
-    }  # fmt: skip
+        sizes.append(images.shape[-1])
+    assert sizes == [32, 32, 16, 16, 16, 8, 8]
     assert [block.size for block in model.backbone.blocks().values()] == [32, 32, 16, 16, 8]
     assert model.backbone.size == 8
-    assert isinstance(model.backbone.pool2, torch.nn.MaxPool2d)
+    assert model.backbone.pool2.pool is F.max_pool2d
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("pool", [F.avg_pool2d, F.max_pool2d])
+def test_a_pool_is_pytorchs_own_gradient_included(pool, dtype):
+    images, results = torch.randn(4, 16, 32, 32, requires_grad=True), []
+    for own in (Pool(pool, 4), lambda images: pool(images, 4)):
+        outputs = own(images.relu().to(dtype))
+        results.append([outputs, *torch.autograd.grad((outputs**2).sum(), images)])
+    torch.testing.assert_close(*results)
 
 
 @pytest.mark.parametrize("halvings, size", [(0, 32), (1, 16), (2, 8), (4, 2)])
@@ -147,7 +152,8 @@ def test_the_classifier_pools_maps_of_any_size_to_a_grid(halvings, size):
     arch = [4, 8, 4, 8, 4][: halvings + 1]
     for pool, grid in (("adaptive", min(8, size)), ("avg", size // min(8, size))):
         model = build_model({"arch": arch, "downsample": True, "pool": pool, "fc": 1})
-        assert model.classifier[-1].in_features == arch[-1] * grid**2
+        maps = torch.randn(2, arch[-1], size, size)
+        torch.testing.assert_close(model.classifier[0](maps), F.adaptive_avg_pool2d(maps, grid))
         assert model(torch.randn(2, 3, 32, 32)).shape == (2, 10)
 
 
@@ -164,10 +170,11 @@ def test_mixed_kernels_are_chosen_on_a_cpu_for_large_maps_but_for_few_channels_i
     assert Block(8, 4, 3, mix="kernels", size=4).mix_on(cpu) == "kernels"
 
 
+@pytest.mark.parametrize("mix", ["outputs", "kernels"])
 @pytest.mark.parametrize("outputs", [8, 32])  # narrow gradients are computed in float32
-def test_in_bfloat16_mixed_kernels_stay_close_and_gradients_float32(outputs):
+def test_in_bfloat16_both_forms_stay_close_and_gradients_float32(outputs, mix):
     torch.manual_seed(0)
-    block = Block(16, outputs, 3, mix="kernels")
+    block = Block(16, outputs, 3, mix=mix)
     images, results = torch.randn(40, 16, 32, 32, requires_grad=True), []
     for precision in ("float32", "bfloat16"):
         with autocast(torch.device("cpu"), precision):
