@@ -1,6 +1,6 @@
 """Time the blocks and the training step against their textbook forms.
 
-python bench.py                                # a quarter of an hour on two CPU cores
+python bench.py                                # twenty minutes on two CPU cores
 python bench.py --only block                   # a part of it
 python bench.py --json results/bench/cpu.json  # keep the seconds and ratios
 
@@ -56,15 +56,14 @@ class TextbookBlock(nn.Module):
         return images + outputs if self.residual else outputs
 
 
-def compare(what, ours, other, name, turns=3):
-    """Time two forms in turn, after a turn to warm up; a row of the results. Each form is (a
-    function that builds a function to time, its arguments ...); `name` is that of the other."""
+def compare(what, ours, other, name, turns=5):
+    """Time two forms in turn; a row of the results. Each form is (a function that builds a function
+    to time, its arguments ...); `name` is that of the other."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, context) as left, ProcessPoolExecutor(1, context) as right:
         left.submit(prepare, *ours).result()
         right.submit(prepare, *other).result()
-        both = [[process.submit(time_step).result() for process in (left, right)]
-                for _ in range(turns + 1)][1:]  # fmt: skip
+        both = [[form.submit(time_step).result() for form in (left, right)] for _ in range(turns)]
     seconds, other_seconds = map(median, zip(*both))
     ratios = [theirs / ours for ours, theirs in both]
     ratio, low, high = median(ratios), min(ratios), max(ratios)
@@ -75,9 +74,11 @@ def compare(what, ours, other, name, turns=3):
 
 
 def prepare(build, *arguments):
-    """In a process of its own: build the function that time_step times."""
+    """Build the function that time_step times, and warm it up: five calls, or ten seconds."""
     global step
-    step = build(*arguments)
+    step, seconds = build(*arguments), 0
+    for _ in range(5):  # in the first ones the memory of the process still grows
+        seconds += time_step() if seconds < 10 else 0
 
 
 def time_step():
@@ -173,8 +174,7 @@ def bench(only, device):
             forms[f"training step of {row}, batch {images}"] = (build_training, row, device)
     for what, form in forms.items():
         for other in precisions:
-            textbook = (*form, other, True)
-            yield compare(what, (*form, precision), textbook, f"textbook, {other}")
+            yield compare(what, (*form, precision), (*form, other, True), f"textbook, {other}")
     if "mix" in only:
         for size in (32, 16, 8, 4):
             for inputs, outputs in ((8, 4), (16, 16), (64, 64), (128, 256)):
