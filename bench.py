@@ -1,6 +1,6 @@
 """Time the blocks and the training step against their textbook forms.
 
-python bench.py                                # twenty minutes on two CPU cores
+python bench.py                                # a quarter of an hour on two CPU cores
 python bench.py --only block                   # a part of it
 python bench.py --json results/bench/cpu.json  # keep the seconds and ratios
 
