@@ -76,8 +76,8 @@ class Block(nn.Module):
         """The form that `mix` means on this device, in autocast or not: "outputs" or "kernels"."""
         if self.mix != "auto":
             return self.mix
-        # Mixed kernels are 1.5 to 2.7 times as fast with 32x32 or 16x16 pixels (float32, 4 channels:
-        # 0.8 to 1.4), no faster with 8x8 in wide blocks, half as fast with 4x4 (results/bench).
+        # Mixed kernels are 1.5 to 2.7 times as fast with 32x32 or 16x16 pixels (in float32, with 4
+        # channels, 0.8 to 1.4), no faster with 8x8 in wide blocks, half as fast with 4x4.
         narrow = self.out_channels < 8 and not torch.is_autocast_enabled(device.type)
         worthwhile = device.type == "cpu" and self.size >= 16 and not narrow
         return "kernels" if worthwhile else "outputs"
