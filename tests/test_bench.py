@@ -42,10 +42,19 @@ def test_two_forms_are_timed_in_turn(monkeypatch, capsys):
     assert "3.00 (2.00 to 8.00)" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("seconds, calls", [(1, 5), (6, 2), (30, 1)])
+def test_a_form_is_warmed_up_by_five_calls_or_ten_seconds(monkeypatch, seconds, calls):
+    timed = Mock(return_value=seconds)
+    monkeypatch.setattr(bench, "time_step", timed)
+    bench.prepare(Mock())
+    assert timed.call_count == calls
+
+
 def test_the_results_are_written_as_json(monkeypatch, tmp_path):
     monkeypatch.setattr(bench, "compare", lambda what, *forms, **turns: what)
     bench.main(["--device", "cpu", "--json", str(tmp_path / "new" / "cpu.json")])
     report = json.loads((tmp_path / "new" / "cpu.json").read_text())
+    assert f"{torch.get_num_threads()} threads" in report["device"]
     parts = {what.split()[0] for what in report["results"]}
     assert parts == {"block", "mixed", "the", "training"}
 

@@ -67,9 +67,7 @@ def test_the_backbone_has_a_block_per_entry_and_keeps_the_image_size():
     backbone = build_model({"arch": [4, 6, 5], "hidden": 8}).backbone
     assert [name for name, _ in backbone.named_children()] == ["block1", "block2", "block3"]
     assert [block.convs.in_channels for block in backbone] == [3, 4, 6]
-    images = torch.randn(2, 3, 32, 32)
-    assert backbone(images).shape == (2, 5, 32, 32)
-    assert build_model({"arch": [4], "block_relu": False, "fc": 1}).backbone(images).min() < 0
+    assert backbone(torch.randn(2, 3, 32, 32)).shape == (2, 5, 32, 32)
 
 
 def test_fully_connected_layers_have_relu_and_dropout_between_them():
@@ -80,6 +78,11 @@ def test_fully_connected_layers_have_relu_and_dropout_between_them():
     sizes = [(layer.in_features, layer.out_features) for layer in list(classifier)[2::3]]
     assert sizes == [(256, 20), (20, 20), (20, 10)]
     assert classifier[4].p == 0.3
+
+
+def test_the_blocks_can_go_without_relu():
+    model = build_model({"arch": [4, 6], "block_relu": False, "fc": 1})
+    assert model.backbone(torch.randn(2, 3, 32, 32)).min() < 0
 
 
 @pytest.mark.parametrize("init", ["he", "default"])
@@ -127,11 +130,13 @@ def test_a_residual_block_adds_its_input_where_it_keeps_the_width():
 
 def test_downsampling_halves_the_images_between_blocks_of_different_width():
     model = build_model({"arch": [4, 4, 6, 6, 8], "downsample": True, "fc": 1})
-    images, sizes = torch.randn(2, 3, 32, 32), []
-    for layer in model.backbone:
+    images, sizes = torch.randn(2, 3, 32, 32), {}
+    for name, layer in model.backbone.named_children():
         images = layer(images)
-        sizes.append(images.shape[-1])
-    assert sizes == [32, 32, 16, 16, 16, 8, 8]
+        sizes[name] = images.shape[-1]
+    assert sizes == {
+        "block1": 32, "block2": 32, "pool2": 16, "block3": 16, "block4": 16, "pool4": 8, "block5": 8
+    }  # fmt: skip
     assert [block.size for block in model.backbone.blocks().values()] == [32, 32, 16, 16, 8]
     assert model.backbone.size == 8
     assert model.backbone.pool2.pool is F.max_pool2d
@@ -152,6 +157,7 @@ def test_the_classifier_pools_maps_of_any_size_to_a_grid(halvings, size):
     arch = [4, 8, 4, 8, 4][: halvings + 1]
     for pool, grid in (("adaptive", min(8, size)), ("avg", size // min(8, size))):
         model = build_model({"arch": arch, "downsample": True, "pool": pool, "fc": 1})
+        assert model.classifier[-1].in_features == arch[-1] * grid**2
         maps = torch.randn(2, arch[-1], size, size)
         torch.testing.assert_close(model.classifier[0](maps), F.adaptive_avg_pool2d(maps, grid))
         assert model(torch.randn(2, 3, 32, 32)).shape == (2, 10)
