@@ -142,11 +142,9 @@ def last_accuracies(row):
 
 def note_unfinished(row):
     """' (unfinished, epoch 3 of 15)' of the first run of a row that is, else nothing."""
-    for history in row:
-        if not history["finished"]:
-            epochs = history["config"].get("epochs", "?")
-            return f" (unfinished, epoch {len(history['epochs'])} of {epochs})"
-    return ""
+    notes = (f" (unfinished, epoch {len(run['epochs'])} of {run['config'].get('epochs', '?')})"
+             for run in row if not run["finished"])  # fmt: skip
+    return next(notes, "")
 
 
 def tabulate(rows):

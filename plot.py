@@ -151,7 +151,8 @@ def draw_batches(axes, batch_losses):
 
 def draw_comparison(rows, title=None):
     """A Figure of all rows: reported beside measured accuracy, and accuracy over the epochs."""
-    names = [textwrap.fill(history.name_row(row), 32) for row in rows]
+    notes = [history.note_unfinished(history.choose_settled(row)) for row in rows]
+    names = [textwrap.fill(history.name_row(row) + note, 36) for row, note in zip(rows, notes)]
     lines = sum(name.count("\n") + 1 for name in names)
     heights = 1.2 + 0.2 * lines, max(3, 0.4 + 0.15 * lines)
     figure = start_figure(title or "", sum(heights))

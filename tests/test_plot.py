@@ -112,6 +112,9 @@ def test_the_comparison_shows_reported_and_measured_accuracy_of_each_row(history
     shown = {(line.get_label(), *line.get_xdata()[:1]) for line in dots.lines}
     assert {("reported", 61.0), ("measured", 45.0), ("measured", 70.0)} <= shown
     assert values(curves) == {"row4": [15, 30, 45], "wide": [15, 30, 70]}
+    rows[1][0]["finished"] = False
+    dots, _ = plot.draw_comparison(rows).axes
+    assert dots.get_yticklabels()[1].get_text() == "wide (unfinished, epoch 3 of 3)"
 
 
 def test_the_confusion_matrix_has_counts_and_shares_of_all_classes(test):
