@@ -187,19 +187,19 @@ class Run:
 
     def _save_or_stop(self):
         """Save the state if it is time to; if a signal came, to whichever process, stop."""
-        self.signal = agree(self.signal, self.device)
-        if not self.signal and time.monotonic() - self.saved_at < self.save_seconds:
+        number = agree(self.signal, self.device)  # later ones wait for the next batch
+        if not number and time.monotonic() - self.saved_at < self.save_seconds:
             return
         began = time.monotonic()
         saved = self._save()
         self.saved_at = time.monotonic()
         # The state of the report's final model is 1.9 GB: where disks are slow, save it seldom.
         self.save_seconds = max(SAVE_SECONDS, 40 * (self.saved_at - began))
-        if self.signal:
+        if number:
             self.progress.clear()
             lost = "" if saved else "nothing could be saved now; "
-            name = signal.Signals(self.signal).name
-            raise Stop(f"{name}: {lost}{self._say_how_to_go_on()}", 128 + self.signal)
+            name = signal.Signals(number).name
+            raise Stop(f"{name}: {lost}{self._say_how_to_go_on()}", 128 + number)
 
     def _save(self):
         """Save what the run needs to go on, if this is the first process; whether it was possible.

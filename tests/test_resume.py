@@ -1,6 +1,7 @@
 import math
 import os
 import random
+import signal
 from unittest.mock import Mock
 
 import pytest
@@ -51,6 +52,16 @@ def test_an_interrupted_run_goes_on_to_the_same_end(run, stop, tmp_path, options
     resumed = run(options, "--resume")
     assert ending(tmp_path) == whole
     assert (tmp_path / "run.state.pt").exists() == (resumed["config"]["schedule"] == "none")
+
+
+def test_a_signal_that_comes_while_processes_agree_is_not_lost(run, monkeypatch):
+    def agree_late(number, device):
+        handler = signal.signal.call_args.args[1]
+        handler(signal.SIGTERM, None)
+        return number
+
+    monkeypatch.setattr("run.agree", agree_late)
+    assert ended(run) == 128 + 15
 
 
 def test_an_interrupted_run_says_how_to_go_on(stop, monkeypatch, capsys):
