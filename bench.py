@@ -1,13 +1,13 @@
-"""Time the blocks and the training step against their textbook forms.
+"""Time the forms of a block's sum, and training steps against their textbook forms.
 
 python bench.py                                # a quarter of an hour on two CPU cores
-python bench.py --only block                   # a part of it
+python bench.py --only step                    # a part of it
 python bench.py --json results/bench/cpu.json  # keep the seconds and ratios
 
 The textbook forms are what a good student writes from the report's text. Ours compute in the
 precision that `auto` means on the machine; the textbook in float32, and in bfloat16 where that is
-what ours do. Each form has a process of its own and takes turns with the other: seconds are medians
-over the turns, ratios are taken turn by turn.
+what ours do. Ours and the textbook have a process each and take turns: seconds are medians over the
+turns, ratios are taken turn by turn. All are of forward and backward pass; steps add the optimiser.
 """
 
 import multiprocessing
@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import fast
 from device import autocast, choose_device, environment, precision_on
 from history import make_parser, write_history
 from model import Block, build_model
@@ -35,7 +36,12 @@ ROWS = {  # of ablations.sh: options of the network, batch size
 }  # fmt: skip
 
 WIDTHS = ((3, 64), (64, 128), (128, 256), (256, 512))  # of the final model's blocks
-PARTS = ("block", "step", "mix", "rate")
+SHAPES = (  # of a block: channels in and out, pixels of a side, k
+    *((inputs, outputs, 32, 3) for inputs, outputs in WIDTHS),
+    (8, 4, 32, 3), (16, 8, 32, 3), (64, 64, 32, 2), (64, 128, 16, 2), (128, 128, 16, 2),
+    (128, 256, 8, 2), (256, 256, 8, 2), (256, 512, 4, 2), (512, 512, 4, 2),
+)  # fmt: skip
+PARTS = ("form", "step", "rate")
 
 
 class TextbookBlock(nn.Module):
@@ -43,31 +49,30 @@ class TextbookBlock(nn.Module):
 
     def __init__(self, block):
         super().__init__()
-        inputs, outputs = block.convs.in_channels, block.out_channels
-        self.convs = nn.ModuleList(nn.Conv2d(inputs, outputs, 3, padding=1) for _ in range(block.k))
-        self.gate_linear = nn.Linear(inputs, block.k)
+        inputs, k = block.convs.in_channels, block.gate_linear.out_features
+        outputs = block.convs.out_channels // k
+        self.convs = nn.ModuleList(nn.Conv2d(inputs, outputs, 3, padding=1) for _ in range(k))
+        self.gate_linear = nn.Linear(inputs, k)
         self.norm, self.residual = block.norm, block.residual
 
-    def forward(self, images):
-        coefficients = self.gate_linear(images.mean(dim=(2, 3))).softmax(dim=1)
-        outputs = [conv(images) for conv in self.convs]
+    def forward(self, x):
+        coefficients = self.gate_linear(x.mean(dim=(2, 3))).softmax(dim=1)
+        outputs = [conv(x) for conv in self.convs]
         weighted = [a[:, None, None, None] * o for a, o in zip(coefficients.unbind(1), outputs)]
-        outputs = F.relu(self.norm(sum(weighted)))
-        return images + outputs if self.residual else outputs
+        y = F.relu(self.norm(sum(weighted)))
+        return x + y if self.residual else y
 
 
-def compare(what, ours, other, name, turns=5):
+def compare(what, ours, other, name, workers, turns=5):
     """Time two forms in turn; a row of the results. Each form is (a function that builds a function
-    to time, its arguments ...); `name` is that of the other."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, context) as left, ProcessPoolExecutor(1, context) as right:
-        left.submit(prepare, *ours).result()
-        right.submit(prepare, *other).result()
-        both = [[form.submit(time_step).result() for form in (left, right)] for _ in range(turns)]
+    to time, its arguments ...); `name` is that of the other; `workers` are a process for each."""
+    for worker, form in zip(workers, (ours, other)):
+        worker.submit(prepare, *form).result()
+    both = [[worker.submit(time_step).result() for worker in workers] for _ in range(turns)]
     seconds, other_seconds = map(median, zip(*both))
     ratios = [theirs / ours for ours, theirs in both]
     ratio, low, high = median(ratios), min(ratios), max(ratios)
-    print(f"{what:<46} {1000 * seconds:>9.1f} {1000 * other_seconds:>9.1f}"
+    print(f"{what:<42} {1000 * seconds:>9.1f} {1000 * other_seconds:>9.1f}"
           f"  {ratio:>6.2f} ({low:.2f} to {high:.2f})  {name}", flush=True)  # fmt: skip
     return {"what": what, "against": name, "seconds": seconds, "other_seconds": other_seconds,
             "ratio": ratio, "ratio_min": low, "ratio_max": high}  # fmt: skip
@@ -76,7 +81,8 @@ def compare(what, ours, other, name, turns=5):
 def prepare(build, *arguments):
     """Build the function that time_step times, and warm it up: five calls, or ten seconds."""
     global step
-    step, seconds = build(*arguments), 0
+    step, seconds = None, 0  # the memory of the last one is free
+    step = build(*arguments)
     for _ in range(5):  # in the first ones the memory of the process still grows
         seconds += time_step() if seconds < 10 else 0
 
@@ -90,36 +96,61 @@ def time_step():
     return time.perf_counter() - began
 
 
-def place(tensor_or_module, device):
-    """A module, or images (N, C, H, W), in the memory format that train.py uses on the device."""
-    kind = torch.channels_last if device.type == "cuda" else torch.contiguous_format
-    return tensor_or_module.to(device, memory_format=kind)
+def compare_forms(shape, batch, device, precision, worker, turns=5):
+    """Time a block of a shape in every form; a row of the results."""
+    inputs, outputs, size, k = shape
+    seconds = {}
+    for form in fast.FORMS:
+        worker.submit(prepare, build_block, *shape, batch, device, precision, form).result()
+        seconds[form] = median(worker.submit(time_step).result() for _ in range(turns))
+    chosen = worker.submit(choose_form, *shape, device, precision).result()
+    cells = [
+        f"{1000 * value:.2f}{'*' if form == chosen else ' '}" for form, value in seconds.items()
+    ]
+    what = f"{inputs} to {outputs}, {size}x{size}, k = {k}"
+    print(f"{what:<28}" + "".join(f"{cell:>11}" for cell in cells), flush=True)
+    return {"what": what, "batch": batch, "chosen": chosen, "seconds": seconds}
 
 
-def build_block(inputs, outputs, size, batch, device, precision, textbook=False, mix="auto"):
-    """A function that runs a block with k = 3 forward and backward."""
-    if not textbook:
-        choose_device(str(device))  # keeps memory
-    block = Block(inputs, outputs, 3, mix=mix, size=size)
-    block = place(TextbookBlock(block) if textbook else block, device)
-    images = place(torch.randn(batch, inputs, size, size), device)
-    if precision == "bfloat16" and inputs > 3:
-        images = images.bfloat16()  # as the block before gives them
-    images.requires_grad_(inputs > 3)
+def place(tensor_or_module, device, precision):
+    """A module, or images (N, C, H, W), in the memory format that train.py uses."""
+    return tensor_or_module.to(device, memory_format=fast.memory_format(device, precision))
+
+
+def build_block(inputs, outputs, size, k, batch, device, precision, form="auto"):
+    """A function that runs a block forward and backward, its sum in that form."""
+    choose_device(str(device))  # keeps memory
+    fast.FORM = form
+    block = place(Block(inputs, outputs, k), device, precision)
+    x = make_input(inputs, size, batch, device, precision).requires_grad_(inputs > 3)
 
     def step():
         block.zero_grad()
-        images.grad = None
+        x.grad = None
         with autocast(device, precision):
-            output = block(images)
-        output.backward(output.detach())
+            y = block(x)
+        y.backward(y.detach())
 
     return step
 
 
+def make_input(channels, size, batch, device, precision):
+    """What a block gets: images, or what the block before it gives."""
+    x = place(torch.randn(batch, channels, size, size), device, precision)
+    return x.bfloat16() if precision == "bfloat16" and channels > 3 else x
+
+
+def choose_form(inputs, outputs, size, k, device, precision):
+    """The form that is chosen for such a block."""
+    block = place(Block(inputs, outputs, k), device, precision)
+    x = make_input(inputs, size, 1, device, precision)
+    with autocast(device, precision):
+        return fast.choose_form(x, block.coefficients(x), block.convs)
+
+
 def build_backbone(batch, device, precision):
     """A function that runs the blocks of the final model, each alone, forward and backward."""
-    steps = [build_block(*widths, 32, batch, device, precision) for widths in WIDTHS]
+    steps = [build_block(*widths, 32, 3, batch, device, precision) for widths in WIDTHS]
     return lambda: [step() for step in steps]
 
 
@@ -136,14 +167,15 @@ def build_products(batch, device, precision):
 def build_training(row, device, precision, textbook=False):
     """A function that trains the network of a row of ROWS by one step on random images."""
     options, batch = ROWS[row]
-    if not textbook:
-        choose_device(str(device))
     torch.manual_seed(0)
-    model = build_model(options)
     if textbook:
+        model = build_model(options)
         layers = [TextbookBlock(b) if isinstance(b, Block) else b for b in model.backbone]
         model.backbone = nn.Sequential(*layers)  # its pools stay ours, which are the faster
-    model = place(model, device)
+        model = model.to(device)
+    else:
+        choose_device(str(device))
+        model = place(build_model(options), device, precision)
     optimizer = torch.optim.AdamW(model.parameters(), fused=device.type == "cuda" or not textbook)
     images = torch.randn(batch, 3, 32, 32, device=device)
     labels = torch.randint(10, (batch,), device=device)
@@ -162,29 +194,29 @@ def build_training(row, device, precision, textbook=False):
 def bench(only, device):
     """Yield a row of results for everything that is asked for."""
     precision = precision_on(device)
-    precisions = ["float32"] if precision == "float32" else ["float32", precision]
     batch = 128 if device.type == "cuda" else 32
-    forms = {}
-    if "block" in only:
-        for inputs, outputs in WIDTHS:
-            block = (build_block, inputs, outputs, 32, batch, device)
-            forms[f"block {inputs} to {outputs}, k = 3"] = block
-    if "step" in only:
-        for row, (_, images) in ROWS.items():
-            forms[f"training step of {row}, batch {images}"] = (build_training, row, device)
-    for what, form in forms.items():
-        for other in precisions:
-            yield compare(what, (*form, precision), (*form, other, True), f"textbook, {other}")
-    if "mix" in only:
-        for size in (32, 16, 8, 4):
-            for inputs, outputs in ((8, 4), (16, 16), (64, 64), (128, 256)):
-                block = (build_block, inputs, outputs, size, 2 * batch, device, precision, False)
-                what = f"mixed kernels, {inputs} to {outputs}, {size}x{size}"
-                yield compare(what, (*block, "kernels"), (*block, "outputs"), "weighted outputs")
-    if "rate" in only:
-        where = (4 * batch, device, precision)
-        ours, products = (build_backbone, *where), (build_products, *where)
-        yield compare("the final model's blocks", ours, products, f"matrix products, {precision}")
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, context) as ours, ProcessPoolExecutor(1, context) as textbook:
+        if "form" in only:
+            print(
+                f"{'forms, ms; * is chosen':<28}" + "".join(f"{form:>10} " for form in fast.FORMS)
+            )
+            for shape in SHAPES:
+                images = batch * min(16, (32 // shape[2]) ** 2)  # as much work for small ones
+                yield compare_forms(shape, images, device, precision, ours)
+        print(f"{'':<42} {'ours, ms':>9} {'other':>9}   other / ours")
+        for row in ROWS if "step" in only else ():
+            form = build_training, row, device
+            for other in sorted({"float32", precision}, reverse=True):
+                what = f"training step of {row}, batch {ROWS[row][1]}"
+                forms = (*form, precision), (*form, other, True)
+                yield compare(what, *forms, f"textbook, {other}", (ours, textbook))
+        if "rate" in only:
+            forms = (
+                (build, 4 * batch, device, precision) for build in (build_backbone, build_products)
+            )
+            name = f"matrix products, {precision}"
+            yield compare("the final model's blocks", *forms, name, (ours, textbook))
 
 
 def parse_args(argv=None):
@@ -205,7 +237,6 @@ def main(argv=None):
         os.environ.pop("THP_MEM_ALLOC_ENABLE", None)  # of keep_memory: not for textbook forms
         report = environment(device, "auto")
         print(f"{report['device']}, PyTorch {report['torch']}, ours in {report['precision']}")
-        print(f"{'':<46} {'ours, ms':>9} {'other':>9}   other / ours")
         report["results"] = list(bench(args.only, device))
         if args.json:
             args.json.parent.mkdir(parents=True, exist_ok=True)

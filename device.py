@@ -4,7 +4,6 @@ torchrun starts several processes with an environment of their own: RANK is the 
 WORLD_SIZE how many there are. One process alone is number 0 of 1.
 """
 
-import ctypes
 import os
 import platform
 import subprocess
@@ -16,12 +15,13 @@ import torchvision
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+import fast
+
 RANK = int(os.environ.get("RANK", 0))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # on this machine
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 
 PRECISIONS = ("auto", "float32", "bfloat16")
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 def choose_device(name="auto"):
@@ -30,7 +30,7 @@ def choose_device(name="auto"):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cpu":
-        keep_memory()
+        fast.keep_memory()
     try:
         device = torch.device("cuda", LOCAL_RANK) if name == "cuda" else torch.device(name)
         torch.zeros(1, device=device).item()  # "meta", too, is a device
@@ -57,36 +57,14 @@ def precision_on(device, precision="auto"):
     """What "auto" means there: bfloat16 on CUDA and on a CPU with instructions for it."""
     if precision != "auto":
         return precision
-    fast = device.type == "cuda" or (device.type == "cpu" and has_bfloat16())
-    return "bfloat16" if fast else "float32"
+    fast_here = device.type == "cuda" or (device.type == "cpu" and fast.has_bfloat16())
+    return "bfloat16" if fast_here else "float32"
 
 
 def autocast(device, precision="auto"):
     """The context of a forward pass in that precision; weights and their gradients stay float32."""
     enabled = precision_on(device, precision) == "bfloat16"
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
-
-
-def has_bfloat16():
-    """Whether this CPU has instructions for bfloat16 products and PyTorch's oneDNN may use them.
-    They are AVX512_BF16 (every CPU with AMX has it, too) or Arm's BF16. Without them convolutions
-    in bfloat16 are up to 16 times slower than in float32 (pytorch issues 118499, 183815)."""
-    if torch.backends.cpu.get_cpu_capability() == "AVX2":  # ATEN_CPU_CAPABILITY says so
-        return False
-    if platform.machine() in ("x86_64", "AMD64") and not torch.cpu._is_avx512_bf16_supported():
-        return False
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
-def keep_memory():
-    """Let this process keep the memory that tensors free, in huge pages, for the next ones.
-    By default glibc gives every tensor above 32 MiB back to Linux, which then clears it anew page
-    by page: 40 % of a training step of the report's final model on two cores."""
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # PyTorch reads it at its first tensor
-    if platform.libc_ver()[0] == "glibc":
-        malloc = ctypes.CDLL(None)
-        malloc.mallopt(M_MMAP_MAX, 0)
-        malloc.mallopt(M_TRIM_THRESHOLD, -1)  # never
 
 
 def environment(device, precision):

@@ -86,7 +86,7 @@ def measure(model, loader, in_precision, classes, tta=False):
     gates = {name: measure_gate(torch.cat(parts), labels, classes) for name, parts in kept.items()}
     metrics["gates"] = [{"block": name} | gate for name, gate in gates.items()]
     block = model.backbone[0]
-    kernels = block.convs.weight.unflatten(0, (block.k, block.out_channels))
+    kernels = block.convs.weight.unflatten(0, (block.gate_linear.out_features, -1))
     metrics["kernels"] = kernels.double().round(decimals=4).tolist()
     if tta:
         logits = add_mirrored(logits, model, loader, in_precision)

@@ -23,10 +23,20 @@ from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, OneCycleLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import data
+import fast
 from checkpoint import claim
-from device import PRECISIONS, RANK, WORLD_SIZE, autocast, choose_device, distribute, environment
+from device import (
+    PRECISIONS,
+    RANK,
+    WORLD_SIZE,
+    autocast,
+    choose_device,
+    distribute,
+    environment,
+    precision_on,
+)
 from history import hyperparameters, make_parser, number
-from model import DEFAULTS, GATES, MIXES, build_model, costs, predict, tabulate_costs
+from model import DEFAULTS, GATES, build_model, count_macs, predict
 from run import Run, Stop, first_process_first, say
 
 OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}
@@ -40,18 +50,19 @@ def train(args):
     Raises Stop if it ends early; OSError and ValueError say why it cannot begin."""
     run = Run(args)
     device = choose_device(args.device)
+    precision, fast.FORM = precision_on(device, run.precision), args.mix
     with first_process_first():  # it may have to download
         both = data.load_both(args.dataset, args.data_dir, args.holdout, args.limit, device)
     train_set, validation_set = both
-    model = make_model(args, device)
+    model = make_model(args, device, precision)
     optimizer = make_optimizer(model, args)
     scheduler = make_scheduler(optimizer, args, math.ceil(len(train_set) / args.batch_size))
     ema = make_ema(model, args)
-    in_precision = autocast(device, run.precision)
+    in_precision = autocast(device, precision)
     criterion = nn.CrossEntropyLoss(reduction="sum", label_smoothing=args.label_smoothing)
     network = torch.compile(distribute(model)) if args.compile else distribute(model)
     parts = {"weights": model, "optimizer": optimizer, "scheduler": scheduler, "ema": ema}
-    run.start(parts, describe_run(model, device, run.precision), len(train_set), device)
+    run.start(parts, describe_run(model, device, precision), len(train_set), device)
     while run.epoch < args.epochs:
         model.train()
         for images, labels in data.batches(
@@ -80,7 +91,7 @@ def train(args):
     run.finish(ema.module if ema else model)
 
 
-def make_model(args, device):
+def make_model(args, device, precision):
     """The network of the options, initialised from the seed alone, on the device."""
     torch.manual_seed(args.seed)
     try:
@@ -88,7 +99,7 @@ def make_model(args, device):
     except (RuntimeError, OverflowError, TypeError) as error:  # too large for memory, or numbers
         reason = str(error).partition("\n")[0]
         raise ValueError(f"no model with --arch {args.arch} here: {reason}") from error
-    return model.to(memory_format=torch.channels_last) if device.type == "cuda" else model
+    return model.to(memory_format=fast.memory_format(device, precision))
 
 
 def make_optimizer(model, args):
@@ -125,12 +136,10 @@ def make_ema(model, args):
 
 def describe_run(model, device, precision):
     """What a history says of the model and where it trains; the first process prints it, too."""
-    with autocast(device, precision):
-        mix = [block.mix_on(device) for block in model.backbone.blocks().values()]
-    where = environment(device, precision) | {"mix": mix}
-    rows = costs(model)
-    say(f"{tabulate_costs(rows, mix)}\non {where['device']}, {where['precision']}")
-    _, parameters, macs, _ = rows[-1]
+    where = environment(device, precision)
+    parameters, macs = sum(weights.numel() for weights in model.parameters()), count_macs(model)
+    say(f"{parameters:,} parameters, {macs:,} multiply-accumulates an image, "
+        f"on {where['device']}, {where['precision']}")  # fmt: skip
     return {"environment": where, "parameters": parameters, "macs": macs}
 
 
@@ -185,7 +194,7 @@ def parse_args(argv=None):
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps ...; auto: cuda if there is one")
     add("--precision", choices=PRECISIONS, default="auto", help="of the forward pass; auto: "
         "bfloat16 on cuda and on CPUs with instructions for it, else float32")  # fmt: skip
-    add("--mix", choices=MIXES, help="weighted outputs or mixed kernels; auto: the faster")
+    add("--mix", choices=fast.MIXES, default="auto", help="form of the gated sum; auto: fastest")
     add("--compile", action="store_true", help="torch.compile the network")
     add("--resume", action="store_true", help="go on with NAME where it stopped, if it was begun")
     add("--overwrite", action="store_true", help="replace NAME")

@@ -139,7 +139,6 @@ def of(config, **weights):
         (of(GOOD, **FEW), "its weights do not fit its options"),
         (of(["arch"]), "its weights do not fit its options"),
         (of(GOOD | {"fc": 10**7}, **FEW), "it has more layers than weights"),
-        (of(GOOD | {"mix": "both"}, **FEW), "its weights do not fit its options"),
     ],
 )  # fmt: skip
 def test_a_wrong_checkpoint_is_refused(write, message, places, refused):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import bench
+import fast
 from model import Block
 
 
@@ -22,24 +23,37 @@ def test_the_textbook_block_computes_what_ours_does():
 
 class Inline(contextlib.ExitStack):  # instead of a process of its own
     def submit(self, function, *arguments):
+        if function is bench.prepare:
+            self.step = arguments[0](*arguments[1:])
+            return Mock()
         if function is bench.time_step:
             return Mock(result=self.step)
-        self.step = arguments[0](*arguments[1:])
-        return Mock()
+        return Mock(result=lambda: function(*arguments))
 
 
-def test_two_forms_are_timed_in_turn(monkeypatch, capsys):
+def test_two_forms_are_timed_in_turn(capsys):
     calls, ours, textbook = [], iter([2, 2, 1]), iter([4, 6, 8])
-    monkeypatch.setattr(bench, "ProcessPoolExecutor", lambda *_: Inline())
 
     def build(name, seconds):
         return lambda: calls.append(name) or next(seconds)
 
-    row = bench.compare("x", (build, "ours", ours), (build, "textbook", textbook), "textbook", 3)
+    forms = (build, "ours", ours), (build, "textbook", textbook)
+    row = bench.compare("x", *forms, "textbook", (Inline(), Inline()), turns=3)
     assert calls == ["ours", "textbook"] * 3
     figures = {"seconds": 2, "other_seconds": 6, "ratio": 3, "ratio_min": 2, "ratio_max": 8}
     assert row == {"what": "x", "against": "textbook"} | figures
     assert "3.00 (2.00 to 8.00)" in capsys.readouterr().out
+
+
+def test_the_form_that_is_chosen_is_marked(monkeypatch, capsys):
+    monkeypatch.setattr(bench, "build_block", lambda *arguments: lambda: len(arguments[-1]))
+    row = bench.compare_forms((8, 4, 16, 3), 2, torch.device("cpu"), "float32", Inline())
+    assert row["chosen"] == "outputs"
+    assert row["seconds"] == {form: len(form) for form in fast.FORMS}
+    line = capsys.readouterr().out
+    assert line.startswith("8 to 4, 16x16, k = 3")
+    assert line.count("*") == 1
+    assert "7000.00*" in line
 
 
 @pytest.mark.parametrize("seconds, calls", [(1, 5), (6, 2), (30, 1)])
@@ -51,12 +65,13 @@ def test_a_form_is_warmed_up_by_five_calls_or_ten_seconds(monkeypatch, seconds, 
 
 
 def test_the_results_are_written_as_json(monkeypatch, tmp_path):
-    monkeypatch.setattr(bench, "compare", lambda what, *forms, **turns: what)
+    monkeypatch.setattr(bench, "compare", lambda what, *_: what)
+    monkeypatch.setattr(bench, "compare_forms", lambda shape, *_: f"form {shape}")
     bench.main(["--device", "cpu", "--json", str(tmp_path / "new" / "cpu.json")])
     report = json.loads((tmp_path / "new" / "cpu.json").read_text())
     assert f"{torch.get_num_threads()} threads" in report["device"]
     parts = {what.split()[0] for what in report["results"]}
-    assert parts == {"block", "mixed", "the", "training"}
+    assert parts == {"form", "the", "training"}
 
 
 @pytest.mark.parametrize("textbook", [False, True])
@@ -70,5 +85,5 @@ def test_a_training_step_trains(monkeypatch, textbook):
 
 def test_every_form_can_be_built_and_run():
     cpu = torch.device("cpu")
-    bench.build_block(4, 8, 8, 2, cpu, "bfloat16", textbook=True)()
+    bench.build_block(4, 8, 8, 3, 2, cpu, "bfloat16", "kernels")()
     bench.build_backbone(1, cpu, "bfloat16")()

@@ -9,6 +9,7 @@ from conftest import RECIPE, ended, ending, files, without_times
 
 import train
 from checkpoint import load_checkpoint
+from fast import MIXES
 from history import read_history, write_history
 from run import Run
 
@@ -20,7 +21,7 @@ def draw_options(number):
     options = ["--gate", pick(["softmax", "relu", "sigmoid", "none"])]
     options += ["--arch", *map(str, chance.choices([4, 8, 17], k=chance.randint(1, 4)))]
     options += ["--k", pick("123"), "--fc", pick("123"), "--pool", pick(["avg", "adaptive"])]
-    options += ["--init", pick(["he", "default"]), "--mix", pick(["auto", "outputs", "kernels"])]
+    options += ["--init", pick(["he", "default"]), "--mix", pick(MIXES)]
     options += ["--batch-size", batch_size := pick(["7", "32", "100"])]
     options += ["--holdout", pick(["0", "500"])]
     options += ["--schedule", pick(["cosine", "onecycle", "none"]), "--seed", pick("019")]
@@ -126,20 +127,19 @@ def test_options_that_do_not_change_the_result_may_differ(run, tmp_path):
 def test_a_resumed_run_keeps_the_environment_of_its_last_start(run, stop, tmp_path, monkeypatch):
     stop(2, "--reported 40")
     monkeypatch.setattr(train, "environment", lambda *_: {"device": "another", "precision": "?"})
-    history = run("--resume --reported 50 --mix outputs")
+    history = run("--resume --reported 50")
     assert history["reported"] == 50
     assert history["environment"]["device"] == "another"
-    assert history["environment"]["mix"] == ["outputs", "outputs"]
     assert ended(run, "--resume") == 0
     assert read_history(tmp_path / "run.json")["reported"] == 50  # not given, not lost
 
 
 def test_a_run_goes_on_in_the_precision_it_began_in(run, stop, tmp_path, monkeypatch):
-    monkeypatch.setattr("device.has_bfloat16", lambda: True)
+    monkeypatch.setattr("fast.has_bfloat16", lambda: True)
     run("--precision auto")
     whole = ending(tmp_path)
     stop(6, "--precision auto --overwrite")
-    monkeypatch.setattr("device.has_bfloat16", lambda: False)
+    monkeypatch.setattr("fast.has_bfloat16", lambda: False)
     assert run("--precision auto --resume")["environment"]["precision"] == "bfloat16"
     assert ending(tmp_path) == whole
     assert load_checkpoint(tmp_path / "run.pt")["precision"] == "bfloat16"  # of tests, too
