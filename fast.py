@@ -18,7 +18,6 @@ MKLDNN = torch.backends.mkldnn.is_available()  # oneDNN's old name
 ONEDNN_HAS_BFLOAT16 = MKLDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 HAS_AMX = torch.cpu._is_amx_tile_supported()
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
-PATCH_BYTES = 2**30  # at once
 
 FORM = "auto"
 
@@ -32,24 +31,17 @@ def gated_conv(x, coefficients, convs):
 
 
 def weight_outputs(x, coefficients, convs):
-    """The sum as the report writes it, the k convolutions in one call: k times the work."""
+    """The sum as the report writes it, the k convolutions in one call."""
     outputs = convs(x).unflatten(1, (coefficients.shape[1], -1))
     return torch.einsum("nk,nkchw->nchw", coefficients, outputs)
 
 
-def weight_outputs_in_turn(x, coefficients, convs):
-    """The same, one convolution after the other: less memory at a time, which suits a cache."""
-    kernels, biases = (tensor.chunk(coefficients.shape[1]) for tensor in convs.parameters())
-    parts = zip(coefficients.to(compute_dtype(x)).T, kernels, biases)
-    return sum(a.view(-1, 1, 1, 1) * F.conv2d(x, w, b, padding=1) for a, w, b in parts)
-
-
 def weight_inputs(x, coefficients, convs):
-    """conv([a_1 x, ..., a_k x], [W_1, ..., W_k]): the sum is the convolution's own, over k * C
-    channels. No k outputs in memory."""
+    """conv([a_1 x, ..., a_k x], [W_1, ..., W_k]): one convolution of k * C channels, whose own sum
+    is the sum. As much work, but no k outputs in memory."""
     dtype, k = compute_dtype(x), coefficients.shape[1]
     x, a = x.to(dtype), coefficients.to(dtype)
-    if x.is_contiguous(memory_format=torch.channels_last):
+    if is_channels_last(x):
         scaled = x.permute(0, 2, 3, 1).unsqueeze(3) * a[:, None, None, :, None]
         scaled = scaled.flatten(3).permute(0, 3, 1, 2)
     else:
@@ -60,37 +52,33 @@ def weight_inputs(x, coefficients, convs):
 
 
 def mix_kernels(x, coefficients, convs):
-    """conv(x, sum_i a_i W_i): one convolution of each image, by kernels of its own: 1/k of the
-    work (CondConv, Yang et al. 2019; dynamic convolution, Chen et al. 2020)."""
-    return _mix(x, coefficients, convs, Groups)
+    """conv(x, sum_i a_i W_i): one convolution of each image by kernels of its own, in 1/k of the
+    work (as in CondConv, Yang et al. 2019, and dynamic convolution, Chen et al. 2020)."""
+    if not len(x):
+        return weight_outputs(x, coefficients, convs)  # grouped convolutions need a group
+    k = coefficients.shape[1]
+    kernels, biases = convs.weight.unflatten(0, (k, -1)), convs.bias.view(k, -1)
+    return MixedConvolution.apply(x, coefficients, kernels, biases)
 
 
-def mix_kernels_by_products(x, coefficients, convs):
-    """The same by matrix products: each image's 3x3 patches with its kernels."""
-    return _mix(x, coefficients, convs, Products)
-
-
-FORMS = {
-    "outputs": weight_outputs,
-    "in-turn": weight_outputs_in_turn,
-    "inputs": weight_inputs,
-    "kernels": mix_kernels,
-    "products": mix_kernels_by_products,
-}
+FORMS = {"outputs": weight_outputs, "inputs": weight_inputs, "kernels": mix_kernels}
 MIXES = ("auto", *FORMS)
 
 
 def choose_form(x, coefficients, convs):
-    """The form that is fastest for such tensors, by name."""
-    outputs, size = convs.out_channels // coefficients.shape[1], x.shape[-1]
-    bfloat16 = compute_dtype(x) == torch.bfloat16
+    """The form that is fastest for such tensors, by name. Forward and backward, k = 3 (where images
+    are smaller than 32x32: 2), ms: python bench.py --only form."""
+    inputs, outputs = x.shape[1], convs.out_channels // coefficients.shape[1]
+    size, bfloat16 = x.shape[-1], compute_dtype(x) == torch.bfloat16
     if x.is_cuda:
-        return "outputs"
+        return "inputs"
+    if is_channels_last(x):
+        return "kernels" if size >= 32 and inputs >= 128 else "outputs"
     # Mixed kernels are 1.5 to 2.7 times as fast with 32x32 or 16x16 pixels (in float32, with 4
     # channels, 0.8 to 1.4), no faster with 8x8 in wide blocks, half as fast with 4x4.
     if size >= 16 and (outputs >= 8 or bfloat16):
         return "kernels"
-    return "in-turn" if bfloat16 else "outputs"
+    return "inputs" if bfloat16 else "outputs"
 
 
 def compute_dtype(x):
@@ -99,27 +87,23 @@ def compute_dtype(x):
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
-def _mix(x, coefficients, convs, way):
-    if not len(x):
-        return weight_outputs(x, coefficients, convs)  # grouped convolutions need a group
-    k = coefficients.shape[1]
-    kernels, biases = convs.weight.unflatten(0, (k, -1)), convs.bias.view(k, -1)
-    return MixedConvolution.apply(x, coefficients, kernels, biases, way)
+def is_channels_last(x):
+    """Whether the channels of a pixel of x (N, C, H, W) are together in memory."""
+    return x.stride(1) == 1 and x.shape[1] > 1
 
 
 class MixedConvolution(torch.autograd.Function):
     """conv(x[n], sum_i a[n, i] kernels[i]) + sum_i a[n, i] biases[i] of every image n.
     x (N, C, H, W), coefficients a (N, k), kernels (k, O, C, 3, 3) and biases (k, O) give (N, O, H,
-    W). `way` is Groups or Products. A few images are done at a time, and their mixed kernels not
-    kept for the backward pass: those of all images would be larger than the images."""
+    W). A few images are done at a time, and their mixed kernels not kept for the backward pass:
+    those of all images would be larger than the images."""
 
     @staticmethod
-    def forward(ctx, x, coefficients, kernels, biases, way):
+    def forward(ctx, x, coefficients, kernels, biases):
         ctx.save_for_backward(x, coefficients, kernels, biases)
-        ctx.way, ctx.dtype = way, compute_dtype(x)
+        ctx.dtype = compute_dtype(x)
         x, a, w, b = (tensor.to(ctx.dtype) for tensor in (x, coefficients, kernels, biases))
-        matrix, size = way.flatten(w), way.images_at_once(w, x[0, 0].numel())
-        return torch.cat([way.convolve(x, a @ matrix, a @ b) for x, a in _in_chunks(size, x, a)])
+        return torch.cat([_convolve_each(x, a, w, a @ b) for x, a in _in_chunks(w, x, a)])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -127,110 +111,35 @@ class MixedConvolution(torch.autograd.Function):
         """The four gradients. That of x is a convolution by kernels turned round: at this oneDNN
         reaches 88 % of its peak rate, in its own backward 69 % (256 to 512 channels)."""
         x, coefficients, w, b = (tensor.to(ctx.dtype) for tensor in ctx.saved_tensors)
-        way, size = ctx.way, ctx.way.images_at_once(w, x[0, 0].numel())
-        matrix, turned = way.flatten(w), way.flatten(w.transpose(1, 2).flip(3, 4).contiguous())
-        grad_coefficients, grad_x = [], [] if ctx.needs_input_grad[0] else None
-        grad_matrix = torch.zeros_like(matrix, dtype=ctx.saved_tensors[2].dtype)
-        for part, a, dy in _in_chunks(size, x, coefficients, grad):
-            if grad_x is not None:
-                grad_x.append(way.convolve(dy, a @ turned))
-            grad_mixed = way.kernel_gradients(part, dy).to(ctx.dtype)
-            grad_matrix += a.T @ grad_mixed
-            grad_coefficients.append(grad_mixed @ matrix.T)
-        grad_x = None if grad_x is None else torch.cat(grad_x)
         grad_sums = grad.sum((2, 3))
-        grad_coefficients = torch.cat(grad_coefficients) + grad_sums @ b.T
-        grad_biases = coefficients.T @ grad_sums
-        return grad_x, grad_coefficients, way.unflatten(grad_matrix, w.shape), grad_biases, None
-
-
-class Groups:
-    """Convolve each image by kernels of its own, as one grouped convolution."""
-
-    @staticmethod
-    def flatten(kernels):
-        """(k, O, C, 3, 3) as the matrix (k, O * C * 9) whose rows `convolve_each` mixes."""
-        return kernels.flatten(1)
-
-    @staticmethod
-    def unflatten(matrix, shape):
-        """What `flatten` had before."""
-        return matrix.view(shape)
-
-    @staticmethod
-    def convolve(x, kernels, biases=None):
-        """x (n, C, H, W), a row of kernels for each, biases (n, O) or None -> (n, O, H, W)."""
-        weight = kernels.view(-1, x.shape[1], 3, 3)
-        bias = None if biases is None else biases.flatten()
-        y = F.conv2d(_as_groups(x), weight, bias, padding=1, groups=len(x))
-        return y.view(len(x), -1, *x.shape[2:])
-
-    @staticmethod
-    def kernel_gradients(x, dy):
-        """Each image's gradient of its row of kernels: (n, O * C * 9)."""
-        size = (len(x) * dy.shape[1], x.shape[1], 3, 3)
+        grad_coefficients, grad_x = [], [] if ctx.needs_input_grad[0] else None
+        grad_kernels = torch.zeros_like(ctx.saved_tensors[2]).flatten(1)
         # oneDNN is slow at this gradient of fewer than 16 channels in bfloat16.
-        slow = x.dtype == torch.bfloat16 and dy.shape[1] < 16
-        groups, dtype = len(x), torch.float32 if slow else x.dtype
-        x, dy = (_as_groups(part).to(dtype) for part in (x, dy))
-        gradient = nn.grad.conv2d_weight(x, size, dy, padding=1, groups=groups)
-        return gradient.view(groups, -1)
-
-    @staticmethod
-    def images_at_once(kernels, pixels):
-        """Images that stay in the cache with their kernels and outputs.
-        In float32 that is 20 MB (12 to 36 MB are about as fast), in bfloat16 40 MB (30 to 90)."""
-        _, outputs, inputs, *_ = kernels.shape
-        numbers = kernels[0].numel() + (inputs + outputs) * pixels
-        limit = 40_000_000 if kernels.dtype == torch.bfloat16 else 20_000_000  # bytes
-        return limit // (numbers * kernels.element_size())
-
-
-class Products:
-    """Convolve each image by kernels of its own, as a matrix product of its 3x3 patches."""
-
-    @staticmethod
-    def flatten(kernels):
-        """(k, O, C, 3, 3) as a matrix (k, O * 9 * C): a patch has its channels together."""
-        return kernels.permute(0, 1, 3, 4, 2).flatten(1)
-
-    @staticmethod
-    def unflatten(matrix, shape):
-        """What `flatten` had before."""
-        k, outputs, inputs, *_ = shape
-        return matrix.view(k, outputs, 3, 3, inputs).permute(0, 1, 4, 2, 3)
-
-    @staticmethod
-    def convolve(x, kernels, biases=None):
-        """x (n, C, H, W), a row of kernels for each, biases (n, O) or None -> (n, O, H, W)."""
-        patches = _cut_patches(x)
-        kernels = kernels.view(len(x), -1, patches.shape[2]).mT
-        if biases is None:
-            y = patches @ kernels
-        else:
-            y = torch.baddbmm(biases.unsqueeze(1), patches, kernels)
-        return y.mT.unflatten(2, x.shape[2:])
-
-    @staticmethod
-    def kernel_gradients(x, dy):
-        """Each image's gradient of its row of kernels: (n, O * 9 * C)."""
-        return (dy.flatten(2) @ _cut_patches(x)).flatten(1)
-
-    @staticmethod
-    def images_at_once(kernels, pixels):
-        """Images whose patches need a gigabyte."""
-        _, outputs, inputs, *_ = kernels.shape
-        return PATCH_BYTES // (9 * max(inputs, outputs) * pixels * kernels.element_size())
+        slow_dtype = torch.float32 if ctx.dtype == torch.bfloat16 and w.shape[1] < 16 else ctx.dtype
+        turned = w.transpose(1, 2).flip(3, 4).contiguous()
+        for part, a, dy in _in_chunks(w, x, coefficients, grad):
+            if grad_x is not None:
+                grad_x.append(_convolve_each(dy, a, turned))
+            size = (len(part) * w.shape[1], *w.shape[2:])
+            part, dy = (_as_groups(tensor).to(slow_dtype) for tensor in (part, dy))
+            grad_mixed = nn.grad.conv2d_weight(part, size, dy, padding=1, groups=len(a))
+            grad_mixed = grad_mixed.reshape(len(a), -1).to(ctx.dtype)
+            grad_kernels += a.T @ grad_mixed
+            grad_coefficients.append(grad_mixed @ w.flatten(1).T)
+        grad_x = None if grad_x is None else torch.cat(grad_x)
+        grad_coefficients = torch.cat(grad_coefficients) + grad_sums @ b.T
+        return grad_x, grad_coefficients, grad_kernels.view_as(w), coefficients.T @ grad_sums
 
 
-def _cut_patches(x):
-    """The 3x3 patch around each pixel of x (n, C, H, W), black outside: (n, H * W, 9 * C)."""
-    n, channels, height, width = x.shape
-    x = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1)).contiguous()
-    image, row, pixel, _ = x.stride()
-    # The three pixels of a patch's row lie one after the other, and so do their channels.
-    patches = x.as_strided((n, height, width, 3, 3 * channels), (image, row, pixel, row, 1))
-    return patches.reshape(n, height * width, 9 * channels)
+def _in_chunks(kernels, *tensors):
+    """The tensors (N, ...) in chunks of images that stay in the cache with kernels and outputs.
+    In float32 that is 20 MB (12 to 36 MB are about as fast), in bfloat16 40 MB (30 to 90 MB).
+    Where channels are together, groups are not fast: image by image."""
+    _, outputs, inputs, *_ = kernels.shape
+    numbers = kernels[0].numel() + (inputs + outputs) * tensors[0][0, 0].numel()
+    limit = 40_000_000 if kernels.dtype == torch.bfloat16 else 20_000_000  # bytes
+    size = max(1, limit // (numbers * kernels.element_size()))
+    return zip(*(tensor.split(1 if is_channels_last(tensors[0]) else size) for tensor in tensors))
 
 
 def _as_groups(x):
@@ -238,9 +147,12 @@ def _as_groups(x):
     return x.reshape(1, -1, *x.shape[2:])
 
 
-def _in_chunks(size, *tensors):
-    """The tensors (N, ...) in chunks of at most `size`, but at least one, of their N."""
-    return zip(*(tensor.split(max(1, size)) for tensor in tensors))
+def _convolve_each(x, coefficients, kernels, biases=None):
+    """Convolve each image (N, C, H, W) by its mix of kernels (k, O, C, 3, 3), add biases (N, O)."""
+    weight = (coefficients @ kernels.flatten(1)).view(-1, *kernels.shape[2:])
+    bias = None if biases is None else biases.flatten()
+    y = F.conv2d(_as_groups(x), weight, bias, padding=1, groups=len(x))
+    return y.view(len(x), -1, *x.shape[2:])
 
 
 class Pool(nn.Module):
