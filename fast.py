@@ -25,15 +25,22 @@ FORM = "auto"
 def gated_conv(x, coefficients, convs):
     """sum_i a_i conv(x, W_i) + a_i b_i of every image.
     x (N, C, H, W), coefficients a (N, k); convs, an nn.Conv2d from C to k * O channels, holds the
-    k kernels W_i and biases b_i one after the other. Returns (N, O, H, W)."""
+    k kernels W_i and biases b_i one after the other. Returns (N, O, H, W), in memory as the kernels
+    are: train.py puts those into memory_format."""
+    if is_channels_last(convs.weight):
+        x = x.contiguous(memory_format=torch.channels_last)  # images come otherwise
     form = choose_form(x, coefficients, convs) if FORM == "auto" else FORM
     return FORMS[form](x, coefficients, convs)
 
 
 def weight_outputs(x, coefficients, convs):
     """The sum as the report writes it, the k convolutions in one call."""
-    outputs = convs(x).unflatten(1, (coefficients.shape[1], -1))
-    return torch.einsum("nk,nkchw->nchw", coefficients, outputs)
+    outputs, k = convs(x), coefficients.shape[1]
+    if is_channels_last(outputs):
+        outputs = outputs.permute(0, 2, 3, 1).unflatten(3, (k, -1))
+        weighted = outputs * coefficients.to(outputs.dtype)[:, None, None, :, None]
+        return weighted.sum(3).permute(0, 3, 1, 2)
+    return torch.einsum("nk,nkchw->nchw", coefficients, outputs.unflatten(1, (k, -1)))
 
 
 def weight_inputs(x, coefficients, convs):
@@ -68,12 +75,12 @@ MIXES = ("auto", *FORMS)
 def choose_form(x, coefficients, convs):
     """The form that is fastest for such tensors, by name. Forward and backward, k = 3 (where images
     are smaller than 32x32: 2), ms: python bench.py --only form."""
-    inputs, outputs = x.shape[1], convs.out_channels // coefficients.shape[1]
-    size, bfloat16 = x.shape[-1], compute_dtype(x) == torch.bfloat16
-    if x.is_cuda:
-        return "inputs"
-    if is_channels_last(x):
-        return "kernels" if size >= 32 and inputs >= 128 else "outputs"
+    outputs, size = convs.out_channels // coefficients.shape[1], x.shape[-1]
+    bfloat16 = compute_dtype(x) == torch.bfloat16
+    if x.is_cuda:  # an H200: once the k outputs do not fit into its cache, they cost more
+        return "inputs" if len(x) * convs.out_channels * size**2 > 50_000_000 else "outputs"
+    if is_channels_last(x):  # a CPU with AMX
+        return "kernels" if size >= 32 and x.shape[1] >= 128 else "outputs"
     # Mixed kernels are 1.5 to 2.7 times as fast with 32x32 or 16x16 pixels (in float32, with 4
     # channels, 0.8 to 1.4), no faster with 8x8 in wide blocks, half as fast with 4x4.
     if size >= 16 and (outputs >= 8 or bfloat16):
@@ -89,7 +96,7 @@ def compute_dtype(x):
 
 def is_channels_last(x):
     """Whether the channels of a pixel of x (N, C, H, W) are together in memory."""
-    return x.stride(1) == 1 and x.shape[1] > 1
+    return x.stride(1) == 1 and x.is_contiguous(memory_format=torch.channels_last)
 
 
 class MixedConvolution(torch.autograd.Function):
@@ -157,14 +164,16 @@ def _convolve_each(x, coefficients, kernels, biases=None):
 
 class Pool(nn.Module):
     """`pool`, F.avg_pool2d or F.max_pool2d, by size x size: (N, C, H, W) -> (N, C, H/size, W/size).
-    oneDNN pools bfloat16 on a CPU to the same numbers, gradients too, in 0.2 to 0.6 of the time."""
+    oneDNN pools bfloat16 on a CPU to the same numbers, gradients too, in 0.2 to 0.6 of the time;
+    PyTorch itself is fast where the channels of a pixel are together."""
 
     def __init__(self, pool, size):
         super().__init__()
         self.pool, self.size = pool, size
 
     def forward(self, x):
-        if ONEDNN_HAS_BFLOAT16 and x.is_cpu and x.dtype == torch.bfloat16:
+        slow = x.is_cpu and x.dtype == torch.bfloat16 and not is_channels_last(x)
+        if slow and ONEDNN_HAS_BFLOAT16:
             return self.pool(x.to_mkldnn(), self.size, self.size).to_dense(x.dtype)
         return self.pool(x, self.size)
 

@@ -59,6 +59,36 @@ def test_in_bfloat16_all_forms_stay_close_and_gradients_float32(outputs, form, m
         assert (rounded - exact).norm() < 0.05 * exact.norm()
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("form", fast.FORMS)
+def test_a_network_in_channels_last_stays_so_from_its_first_block_on(form, precision, monkeypatch):
+    monkeypatch.setattr(fast, "FORM", form)
+    options = {"arch": [8, 8, 12], "norm": "batch", "downsample": True, "residual": True, "fc": 1}
+    model = build_model(options).to(memory_format=torch.channels_last)
+    outputs = []
+    for layer in model.backbone:
+        layer.register_forward_hook(lambda *call: outputs.append(call[-1]))
+    with autocast(torch.device("cpu"), precision):
+        model(torch.randn(4, 3, 32, 32)).sum().backward()
+    assert len(outputs) == 4
+    assert all(fast.is_channels_last(x) for x in outputs)
+    grads = [block.convs.weight.grad for block in model.backbone.blocks().values()]
+    assert all(fast.is_channels_last(grad) for grad in grads)
+
+
+@pytest.mark.parametrize(
+    "kind, precision, amx, together",
+    [("cuda", "float32", False, True), ("cpu", "bfloat16", True, True)]
+    + [("cpu", "float32", True, False), ("cpu", "bfloat16", False, False)],
+)
+def test_channels_are_together_on_gpus_and_in_bfloat16_on_cpus_with_amx(
+    kind, precision, amx, together, monkeypatch
+):
+    monkeypatch.setattr(fast, "HAS_AMX", amx)
+    expected = torch.channels_last if together else torch.contiguous_format
+    assert fast.memory_format(torch.device(kind), precision) is expected
+
+
 @pytest.mark.parametrize("form", fast.FORMS)
 def test_no_images_have_no_output_and_gradients_of_zero(form, monkeypatch):
     monkeypatch.setattr(fast, "FORM", form)
@@ -69,8 +99,9 @@ def test_no_images_have_no_output_and_gradients_of_zero(form, monkeypatch):
 
 
 def test_the_form_depends_on_size_width_and_precision():
-    def choose(width, size, precision):
-        block, x = Block(8, width, 3), torch.zeros(1, 8, size, size)
+    def choose(width, size, precision, inputs=8, layout=torch.contiguous_format):
+        block, x = Block(inputs, width, 3), torch.zeros(1, inputs, size, size)
+        block, x = block.to(memory_format=layout), x.to(memory_format=layout)
         with autocast(x.device, precision):
             return fast.choose_form(x, block.coefficients(x), block.convs)
 
@@ -80,6 +111,10 @@ def test_the_form_depends_on_size_width_and_precision():
     assert [choose(*shape, "bfloat16") for shape in [(8, 16), (8, 8), (4, 16)]] == [
         "kernels", "inputs", "kernels"
     ]  # fmt: skip
+    together = [choose(8, *shape, torch.channels_last) for shape in [
+        (32, "bfloat16", 128), (32, "bfloat16", 64), (16, "bfloat16", 128)
+    ]]  # fmt: skip
+    assert together == ["kernels", "outputs", "outputs"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
