@@ -150,8 +150,9 @@ def _in_chunks(kernels, *tensors):
 
 
 def _as_groups(x):
-    """(N, C, H, W) -> (1, N * C, H, W), for a convolution with N groups."""
-    return x.reshape(1, -1, *x.shape[2:])
+    """(N, C, H, W) -> (1, N * C, H, W), for a convolution with N groups. One image stays as it is:
+    a view has strides that PyTorch does not take for channels_last."""
+    return x if len(x) == 1 else x.reshape(1, -1, *x.shape[2:])
 
 
 def _convolve_each(x, coefficients, kernels, biases=None):
@@ -159,7 +160,7 @@ def _convolve_each(x, coefficients, kernels, biases=None):
     weight = (coefficients @ kernels.flatten(1)).view(-1, *kernels.shape[2:])
     bias = None if biases is None else biases.flatten()
     y = F.conv2d(_as_groups(x), weight, bias, padding=1, groups=len(x))
-    return y.view(len(x), -1, *x.shape[2:])
+    return y if len(x) == 1 else y.view(len(x), -1, *x.shape[2:])
 
 
 class Pool(nn.Module):
