@@ -10,12 +10,12 @@ what ours do. Ours and the textbook have a process each and take turns: seconds 
 turns, ratios are taken turn by turn. All are of forward and backward pass; steps add the optimiser.
 """
 
+import argparse
 import multiprocessing
 import os
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 from statistics import median
 
 import torch
@@ -24,7 +24,7 @@ from torch import nn
 
 import fast
 from device import autocast, choose_device, environment, precision_on
-from history import make_parser, write_history
+from history import to_path, write_history
 from model import Block, build_model
 
 ROWS = {  # of ablations.sh: options of the network, batch size
@@ -220,12 +220,17 @@ def bench(only, device):
 
 
 def parse_args(argv=None):
-    """The options, checked; usage errors exit with 2."""
-    parser = make_parser(__doc__)
+    """Return the options. Wrong ones end in a line on stderr and exit code 2."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add = parser.add_argument
-    add("--only", nargs="+", choices=PARTS, default=PARTS, help="parts of it")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to time")
-    add("--json", type=Path, metavar="FILE", help="write the results here as well")
+    add("--only", nargs="+", choices=PARTS, default=PARTS, help="parts of it (default: all)")
+    where = "where to time (default: auto)"
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help=where)
+    add("--json", type=to_path, metavar="FILE", help="write the results here as well")
     return parser.parse_args(argv)
 
 
@@ -235,7 +240,7 @@ def main(argv=None):
     try:
         device = choose_device(args.device)
         os.environ.pop("THP_MEM_ALLOC_ENABLE", None)  # of keep_memory: not for textbook forms
-        report = environment(device, "auto")
+        report = environment(device, precision_on(device))
         print(f"{report['device']}, PyTorch {report['torch']}, ours in {report['precision']}")
         report["results"] = list(bench(args.only, device))
         if args.json:

@@ -1,7 +1,7 @@
-"""The data set as tensors, and batches of it on the device.
+"""Images, labels and the name of their data set, and batches of them on the device.
 
     train, test = load("cifar10", "data"), load("cifar10", "data", train=False)
-    for images, labels in batches(train, "cifar10", 128, device="cuda", seed=0, epoch=3):
+    for x, labels in train.to("cuda").batches(128, seed=0, epoch=3):
         ...  # float32 (N, 3, 32, 32), normalised; int64 (N,)
 
 Images stay uint8 until their batch is on the device; there the whole batch is augmented and
@@ -10,13 +10,14 @@ normalised at once. There is no per-image Python work and there are no worker pr
 
 import functools
 import random
+import warnings
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 import torchvision
-from torch.utils.data import TensorDataset
 from torchvision.datasets.utils import check_integrity
 
 CLASSES = {
@@ -30,27 +31,70 @@ NORMALISATION = {
     "shapes": ((0.5003, 0.5023, 0.5000), (0.2720, 0.2706, 0.2725)),
 }
 
-AUGMENTATIONS = ("crop", "flip", "cutout")
 CROP_PADDING = 4  # pixels
 CUTOUT = 8  # pixels, the side of the square
 EVALUATION_BATCH = 250  # images
 
 
+@dataclass
+class Dataset:
+    """Images, uint8 (N, 3, 32, 32), their labels, int64 (N,), and the name of their data set."""
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    name: str
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, which):
+        """The images of a slice or of a mask (N,), as a Dataset."""
+        return Dataset(self.images[which], self.labels[which], self.name)
+
+    @property
+    def classes(self):
+        """The names of the classes, in the order of their labels."""
+        return CLASSES[self.name]
+
+    def to(self, device):
+        """The same on a device."""
+        return Dataset(self.images.to(device), self.labels.to(device), self.name)
+
+    def batches(
+        self, size=EVALUATION_BATCH, seed=None, epoch=0, start=0, augment=(), share=slice(None)
+    ):
+        """Yield (x, labels), normalised float32 (N, 3, 32, 32) and int64 (N,), from batch number
+        `start` on; the last batch may be smaller. With a seed every epoch has a shuffle of its own
+        and `augment` (names in AUGMENTATIONS) applies; without one the order is the data set's.
+        `share`, a slice: one process's part of every batch."""
+        order, device = torch.arange(len(self)), self.images.device
+        if seed is not None:
+            shuffle = torch.Generator().manual_seed(derive_seed(seed, epoch))
+            order = torch.randperm(len(self), generator=shuffle)
+        order = order.to(device)  # all at once: a GPU would be waited for with every batch
+        generator = torch.Generator(device)
+        for step, indices in islice(enumerate(order.split(size)), start, None):
+            images = self.images.index_select(0, indices)  # 20 times faster than images[indices]
+            if augment:
+                generator.manual_seed(derive_seed(seed, epoch, step, "augment"))
+                images = augment_batch(images, augment, generator)
+            yield normalise(images[share], self.name), self.labels[indices[share]]
+
+
 def load(name, data_dir="data", train=True):
-    """The training or test images of a data set, as a TensorDataset of images, uint8 (N, 3, 32,
-    32), and labels, int64 (N,). "shapes" is drawn. CIFAR-10 is downloaded into data_dir where it is
-    missing; OSError says what is wrong if that fails."""
+    """Return the training or test images of a data set. "shapes" is drawn. CIFAR-10 is downloaded
+    into data_dir where it is missing; OSError says what is wrong if that fails."""
     if name == "shapes":
         return draw_shapes(10_000, seed=0) if train else draw_shapes(1_000, seed=1)
     cifar10 = _read_cifar10(Path(data_dir), train)
     images = torch.from_numpy(cifar10.data).permute(0, 3, 1, 2).contiguous()
-    return TensorDataset(images, torch.tensor(cifar10.targets))
+    return Dataset(images, torch.tensor(cifar10.targets), name)
 
 
-def load_both(name, data_dir="data", holdout=0, limit=None, device="cpu"):
-    """(training, validation) images of a data set on the device, TensorDatasets as `load` gives.
-    Validation is on the test images, or on `holdout` of the training images; `limit` is how many
-    are trained on. ValueError if there are not as many."""
+def load_split(name, data_dir="data", holdout=0, limit=None):
+    """Return the (training, validation) images of a data set. Validation is on the test images, or
+    on `holdout` of the training images; `limit` is how many are trained on. ValueError if there are
+    not as many."""
     train_set = load(name, data_dir)
     if holdout:
         train_set, validation_set = hold_out(train_set, holdout)
@@ -58,72 +102,58 @@ def load_both(name, data_dir="data", holdout=0, limit=None, device="cpu"):
         validation_set = load(name, data_dir, train=False)
     if limit and limit > len(train_set):
         raise ValueError(f"--limit {limit}: there are {len(train_set)} training images")
-    both = TensorDataset(*train_set[:limit]), validation_set
-    return [TensorDataset(*(tensor.to(device) for tensor in part.tensors)) for part in both]
+    return train_set[:limit], validation_set
 
 
 def _read_cifar10(data_dir, train):
-    """torchvision's CIFAR10, verified by its md5 sums, or an OSError with what to do."""
+    """Return torchvision's CIFAR10, verified by its md5 sums; OSError says what to do."""
     cifar10 = torchvision.datasets.CIFAR10
     folder = data_dir / cifar10.base_folder
+    archive, problem = data_dir / cifar10.filename, f"{folder} is damaged"
     try:
-        return cifar10(data_dir, train=train)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torchvision's, of some versions of numpy
+            return cifar10(data_dir, train=train)
     except (RuntimeError, OSError):  # look before a download changes it
-        damaged = [name for name, md5 in cifar10.train_list + cifar10.test_list
-                   if not check_integrity(folder / name, md5)]  # fmt: skip
-    problem = f"{folder / damaged[0]} is missing or damaged" if damaged else f"{folder} is damaged"
+        for name, md5 in cifar10.test_list + cifar10.train_list[::-1]:
+            if not check_integrity(folder / name, md5):
+                problem = f"{folder / name} is missing or damaged"
+        if archive.exists() and not check_integrity(archive, cifar10.tgz_md5):
+            problem = f"{archive} is damaged"
     try:
         return cifar10(data_dir, train=train, download=True)
     except (RuntimeError, OSError, EOFError) as error:
-        problem = f"no CIFAR-10 in {str(data_dir)!r}: {problem}, and a download failed ({error})"
-        raise OSError(f"{problem}; put {cifar10.filename} from {cifar10.url} there, or use "
-                      "--dataset shapes, without files") from error  # fmt: skip
+        raise OSError(
+            f"no CIFAR-10 in {str(data_dir)!r}: {problem}, and a download failed ({error}); put "
+            f"{cifar10.filename} from {cifar10.url} there, or use --dataset shapes, without files"
+        ) from error
 
 
 def hold_out(dataset, count):
     """Split off `count` images for validation: the last of each class, the same number of each.
-    Returns (the rest, the held-out), TensorDatasets. ValueError if that is not possible."""
-    images, labels = dataset.tensors
-    per_class, remainder = divmod(count, 10)
-    if remainder or per_class >= labels.bincount(minlength=10).min():
-        raise ValueError(f"--holdout {count}: not a multiple of the 10 classes that leaves each of "
-                         f"them images to train on ({len(labels)} training images)")  # fmt: skip
+    Return (the rest, the held-out). ValueError if that is not possible."""
+    labels, classes = dataset.labels, len(dataset.classes)
+    per_class, remainder = divmod(count, classes)
+    if remainder or per_class >= labels.bincount(minlength=classes).min():
+        raise ValueError(
+            f"--holdout {count}: not a multiple of the {classes} classes that leaves each of them "
+            f"images to train on ({len(labels)} training images)"
+        )
     held = torch.zeros(len(labels), dtype=torch.bool)
-    for label in range(10):
+    for label in range(classes):
         members = (labels == label).nonzero().flatten()
         held[members[len(members) - per_class :]] = True
-    return (TensorDataset(images[~held], labels[~held]), TensorDataset(images[held], labels[held]))
+    return dataset[~held], dataset[held]
 
 
 def derive_seed(seed, *position):
-    """A seed for the random numbers of one place in a run, such as (epoch, step).
+    """Return a seed for the random numbers of one place in a run, such as (epoch, step).
     All randomness of a run is drawn from such seeds, so that to resume it needs no random state."""
     return random.Random(" ".join(map(str, (seed, *position)))).getrandbits(32)
 
 
-def batches(dataset, name, batch_size=EVALUATION_BATCH, device="cpu", seed=None, epoch=0, start=0,
-            augment=(), share=slice(None)):  # fmt: skip
-    """Yield (images, labels) of a TensorDataset on the device, from batch number `start` on:
-    float32 (N, 3, 32, 32), normalised for the data set `name`, and int64 (N,). With a seed every
-    epoch has a shuffle of its own and `augment` (of AUGMENTATIONS) applies; without one the order
-    is the data set's. The last batch may be smaller. `share`, a slice: this process's part."""
-    images, labels = (tensor.to(device) for tensor in dataset.tensors)
-    order = torch.arange(len(dataset))
-    if seed is not None:
-        shuffle = torch.Generator().manual_seed(derive_seed(seed, epoch))
-        order = torch.randperm(len(dataset), generator=shuffle)
-    order = order.to(device)  # all at once: a GPU would be waited for with every batch
-    generator = torch.Generator(device)
-    for step, indices in islice(enumerate(order.split(batch_size)), start, None):
-        batch = images.index_select(0, indices)  # 20 times faster than images[indices]
-        if augment:
-            generator.manual_seed(derive_seed(seed, epoch, step, "augment"))
-            batch = augment_batch(batch, augment, generator)
-        yield normalise(batch[share], name), labels[indices[share]]
-
-
 def normalise(images, name):
-    """uint8 images (N, 3, H, W) as float32, normalised for the data set `name`, on their device."""
+    """Return uint8 images (N, 3, H, W) as float32, normalised for the data set `name`."""
     scale, shift = _scale_and_shift(name, images.device)
     return images.float().mul_(scale).add_(shift)
 
@@ -135,32 +165,45 @@ def _scale_and_shift(name, device):
 
 
 def augment_batch(images, augment, generator):
-    """Whole-batch augmentation of uint8 images (N, 3, H, W), each image drawn on its own.
-    "crop" pads by 4 black pixels and cuts H x W out at random; "flip" mirrors half of the images;
-    "cutout" blackens an 8x8 square around a random pixel (DeVries and Taylor 2017)."""
-    (count, _, height, width), device = images.shape, images.device
-    if "crop" in augment:
-        padded = F.pad(images, (CROP_PADDING,) * 4)
-        windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # (N, 3, 9, 9, H, W), a view
-        places = 2 * CROP_PADDING + 1
-        top, left = torch.randint(places, (2, count), device=device, generator=generator)
-        images = windows[torch.arange(count, device=device), :, top, left]
-    if "flip" in augment:
-        chance = torch.rand(count, 1, 1, 1, device=device, generator=generator)
-        images = torch.where(chance < 0.5, images.flip(3), images)
-    if "cutout" in augment:
-        y = torch.randint(height, (count, 1, 1, 1), device=device, generator=generator)
-        x = torch.randint(width, (count, 1, 1, 1), device=device, generator=generator)
-        rows = torch.arange(height, device=device).view(-1, 1) + 0.5
-        columns = torch.arange(width, device=device) + 0.5
-        inside = ((rows - y).abs() < CUTOUT / 2) & ((columns - x).abs() < CUTOUT / 2)
-        images = images.masked_fill(inside, 0)
+    """Augment uint8 images (N, 3, H, W), each image drawn on its own, in the order given."""
+    for name in augment:
+        images = AUGMENTATIONS[name](images, generator)
     return images
 
 
+def crop(images, generator):
+    """Pad by 4 black pixels and cut H x W out at random."""
+    (count, _, height, width), device = images.shape, images.device
+    padded = F.pad(images, (CROP_PADDING,) * 4)
+    windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # (N, 3, 9, 9, H, W), a view
+    places = 2 * CROP_PADDING + 1
+    top, left = torch.randint(places, (2, count), device=device, generator=generator)
+    return windows[torch.arange(count, device=device), :, top, left]
+
+
+def flip(images, generator):
+    """Mirror half of the images."""
+    chance = torch.rand(len(images), 1, 1, 1, device=images.device, generator=generator)
+    return torch.where(chance < 0.5, images.flip(3), images)
+
+
+def cutout(images, generator):
+    """Blacken an 8x8 square around a random pixel (DeVries and Taylor 2017)."""
+    (count, _, height, width), device = images.shape, images.device
+    y = torch.randint(height, (count, 1, 1, 1), device=device, generator=generator)
+    x = torch.randint(width, (count, 1, 1, 1), device=device, generator=generator)
+    rows = torch.arange(height, device=device).view(-1, 1) + 0.5
+    columns = torch.arange(width, device=device) + 0.5
+    inside = ((rows - y).abs() < CUTOUT / 2) & ((columns - x).abs() < CUTOUT / 2)
+    return images.masked_fill(inside, 0)
+
+
+AUGMENTATIONS = {"crop": crop, "flip": flip, "cutout": cutout}  # --augment applies them in order
+
+
 def draw_shapes(count, seed):
-    """`count` images of ten classes of shapes at random places, sizes, angles and colours.
-    The same for the same seed. Returns a TensorDataset like load's."""
+    """Draw `count` images of ten classes of shapes at random places, sizes, angles and colours: the
+    same for the same seed."""
     generator = torch.Generator().manual_seed(seed)
 
     def uniform(low, high, *shape):
@@ -181,11 +224,11 @@ def draw_shapes(count, seed):
     colour = torch.where(contrast < 0.3, (colour + 0.5) % 1, colour)
     images = torch.where(inside.unsqueeze(1), colour, background)
     images = images + 0.05 * torch.randn(images.shape, generator=generator)
-    return TensorDataset((255 * images.clamp(0, 1)).round().to(torch.uint8), labels)
+    return Dataset((255 * images.clamp(0, 1)).round().to(torch.uint8), labels, "shapes")
 
 
 def _fill_shapes(u, v):
-    """Which points u, v, (N, 32, 32) each, lie inside the shape of each class: (10, N, 32, 32)."""
+    """Return which points u, v, (N, 32, 32) each, lie inside each shape: (10, N, 32, 32)."""
     radius, square = torch.hypot(u, v), torch.maximum(u.abs(), v.abs())
     inside = {
         "circle": radius < 0.85,

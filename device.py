@@ -17,15 +17,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 import fast
 
-RANK = int(os.environ.get("RANK", 0))
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # on this machine
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
+RANK = int(os.environ.get("RANK", 0)) if WORLD_SIZE > 1 else 0
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0)) if WORLD_SIZE > 1 else 0  # on this machine
 
 PRECISIONS = ("auto", "float32", "bfloat16")
 
 
 def choose_device(name="auto"):
-    """The torch.device of that name, PyTorch set up for it and the other processes joined.
+    """Return the torch.device of that name, PyTorch set up for it and the other processes joined.
     "auto" is CUDA where there is one, else the CPU. ValueError if there is no such device."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -47,60 +47,70 @@ def choose_device(name="auto"):
 
 
 def describe(device):
-    """What a device is, for people: "cuda (NVIDIA H200)" or "cpu (x86_64, 2 threads)"."""
+    """Return what a device is, for people: "cuda:0 (NVIDIA H200)" or "cpu (x86_64, 2 threads)"."""
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
     return f"{device} ({platform.machine()}, {torch.get_num_threads()} threads)"
 
 
 def precision_on(device, precision="auto"):
-    """What "auto" means there: bfloat16 on CUDA and on a CPU with instructions for it."""
+    """Return what "auto" means there: bfloat16 on CUDA and on a CPU with instructions for it."""
     if precision != "auto":
         return precision
-    fast_here = device.type == "cuda" or (device.type == "cpu" and fast.has_bfloat16())
-    return "bfloat16" if fast_here else "float32"
+    quick = device.type == "cuda" or (device.type == "cpu" and fast.has_bfloat16())
+    return "bfloat16" if quick else "float32"
 
 
-def autocast(device, precision="auto"):
-    """The context of a forward pass in that precision; weights and their gradients stay float32."""
-    enabled = precision_on(device, precision) == "bfloat16"
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
+def autocast(device, precision):
+    """Return the context of a forward pass in that precision. Weights and their gradients stay
+    float32."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16")
 
 
 def environment(device, precision):
-    """What a run is made with, as its history keeps it."""
-    describe_commit = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    """Return what a run is made with, as its history keeps it."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "device": describe(device),
+        "precision": precision,
+        "threads": torch.get_num_threads(),
+        "commit": find_commit(),
+    }
+
+
+def find_commit():
+    """Return the commit of these scripts as git describes it, or None."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:
-        commit = subprocess.run(describe_commit, capture_output=True, text=True).stdout.strip()
+        result = subprocess.run(git, capture_output=True, encoding="utf-8", errors="replace")
     except OSError:  # no git on this machine
-        commit = None
-    return {"python": platform.python_version(), "torch": torch.__version__,
-            "torchvision": torchvision.__version__, "device": describe(device),
-            "precision": precision_on(device, precision), "commit": commit or None}  # fmt: skip
+        return None
+    return result.stdout.strip() or None
 
 
-def wait():
+def print0(*text):
+    """Print, if this is the first process."""
+    if RANK == 0:
+        print(*text, flush=True)
+
+
+def barrier():
     """Go on when all processes are here."""
     if WORLD_SIZE > 1:
         dist.barrier()
 
 
-def leave():
-    """Wait for the other processes, then part from them."""
-    wait()
-    if WORLD_SIZE > 1:
-        dist.destroy_process_group()
-
-
-def add_up(tensor):
-    """The tensor, replaced by its sum over the processes."""
+def all_reduce_sum(tensor):
+    """Replace a tensor by its sum over the processes, and return it."""
     if WORLD_SIZE > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
-def agree(number, device):
-    """The largest of the processes' numbers, an int."""
+def all_reduce_max(number, device):
+    """Return the largest of the processes' integers."""
     if WORLD_SIZE == 1:
         return number
     tensor = torch.tensor(number, device=device)
@@ -109,41 +119,19 @@ def agree(number, device):
 
 
 def distribute(model):
-    """The model as one of several processes trains it: gradients are averaged over them.
-    The batch norms of the model itself take the statistics of all processes from now on."""
+    """Return the model as one of several processes trains it: gradients are added up over them, and
+    batch norms on GPUs take the statistics of all. On a CPU each process keeps its own."""
     if WORLD_SIZE == 1:
         return model
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.__class__ = SharedBatchNorm2d
-    return DistributedDataParallel(model)
+    if next(model.parameters()).is_cuda:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    model = DistributedDataParallel(model)
+    model.register_comm_hook(None, _add_gradients)
+    return model
 
 
-class SharedBatchNorm2d(nn.BatchNorm2d):
-    """nn.BatchNorm2d with the statistics of all processes; nn.SyncBatchNorm is for GPUs alone."""
-
-    def forward(self, images):
-        if not self.training:
-            return super().forward(images)
-        pixels = images.float()
-        count = add_up(torch.full((), pixels.numel() / self.num_features, device=pixels.device))
-        mean = AddUp.apply(pixels.sum((0, 2, 3))) / count
-        centred = pixels - mean.view(-1, 1, 1)
-        variance = AddUp.apply(centred.square().sum((0, 2, 3))) / count
-        with torch.no_grad():
-            self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
-        scale = self.weight * (variance + self.eps).rsqrt()
-        outputs = centred * scale.view(-1, 1, 1) + self.bias.view(-1, 1, 1)
-        return outputs.to(images.dtype)
-
-
-class AddUp(torch.autograd.Function):
-    """The sum of a tensor over the processes; each of them has its part in the gradient."""
-
-    @staticmethod
-    def forward(ctx, tensor):
-        return add_up(tensor.clone())
-
-    backward = forward  # each process's gradient is added up, too
+def _add_gradients(_, bucket):
+    """Add gradients up: DistributedDataParallel by itself takes their mean. A process's loss is its
+    images' part of the batch's, so that uneven shares are right, too."""
+    future = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
+    return future.then(lambda done: done.value()[0])

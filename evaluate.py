@@ -1,4 +1,4 @@
-"""Test metrics of a checkpoint, or what it takes photos for.
+"""Test metrics of checkpoints, or what a network takes photos for.
 
     python evaluate.py runs/final.pt                  # prints them and adds them to runs/final.json
     python evaluate.py runs/final.pt --tta            # ... and those with test-time augmentation
@@ -9,6 +9,7 @@ confidently misclassified images; plot.py draws the other metrics. Photos need n
 are cropped to a square and shrunk, and drawn with the predictions in runs/final-predictions.png.
 """
 
+import argparse
 import contextlib
 import sys
 import warnings
@@ -20,11 +21,11 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 
 import gallery
-from checkpoint import load_checkpoint, rebuild
-from data import CLASSES, batches, load, normalise
+from data import CLASSES, load, normalise
 from device import PRECISIONS, WORLD_SIZE, autocast, choose_device
-from history import hyperparameters, make_parser, read_history, write_history
+from history import hyperparameters, read_history, to_path, write_history
 from model import IMAGE_SIZE, predict
+from run import load_checkpoint, rebuild
 
 BINS = 15  # of confidence
 QUANTILES = (0, 0.25, 0.5, 0.75, 1)
@@ -33,17 +34,17 @@ DRAWN = 50  # photos in one picture
 PHOTO = 256  # pixels, the longer side of a photo as it is drawn
 
 
-def evaluate(args):
-    """Test args.checkpoint: print its metrics, add them to the history beside it, draw errors."""
-    history_path = args.checkpoint.with_suffix(".json")
+def evaluate(path, args):
+    """Test a checkpoint: print its metrics, add them to the history beside it, draw errors."""
+    history_path = path.with_suffix(".json")
     history = read_history(history_path) if history_path.exists() else None
-    if args.once and history and ("test" in history or history["config"].get("holdout")):
-        return
-    config, model, device, in_precision = open_checkpoint(args)
-    dataset = config["dataset"]
-    images = load(dataset, args.data_dir or str(config.get("data_dir")), train=False)
-    loader = list(batches(images, dataset, device=device))
-    metrics = measure(model, loader, in_precision, CLASSES[dataset], args.tta)
+    if args.once and history:
+        if "test" in history or history["config"].get("holdout") or not history["finished"]:
+            return
+    config, model, device, amp = open_checkpoint(path, args)
+    images = load(config["dataset"], find_data(config, args), train=False)
+    batches = list(images.to(device).batches())
+    metrics = measure(model, batches, amp, images.classes, args.tta)
 
     for name, accuracy in metrics["per_class"].items():
         print(f"{name:>12} {accuracy:6.2f}%")
@@ -59,45 +60,54 @@ def evaluate(args):
     else:
         print(f"{history_path} is not there, or of other weights: only printed", file=sys.stderr)
     indices = [one["index"] for one in metrics["wrong"]]
-    shown = images.tensors[0][indices].permute(0, 2, 3, 1).numpy()
-    figure = gallery.draw_wrong(shown, metrics["wrong"], args.checkpoint.stem)
-    gallery.save(figure, args.checkpoint.with_name(f"{args.checkpoint.stem}-wrong.png"))
+    shown = images.images[indices].permute(0, 2, 3, 1).numpy()
+    figure = gallery.draw_wrong(shown, metrics["wrong"], path.stem)
+    gallery.save(figure, path.with_name(f"{path.stem}-wrong.png"))
 
 
-def open_checkpoint(args):
-    """(config, model, device, autocast context) of the options, the model on the device."""
-    device = choose_device(args.device)
-    checkpoint = load_checkpoint(args.checkpoint)
-    model = rebuild(checkpoint, args.checkpoint)
-    config = checkpoint["config"]
-    precision = checkpoint.get("precision", config.get("precision"))  # of training
-    if config.get("dataset") not in list(CLASSES) or precision not in PRECISIONS:
-        raise ValueError(f"{args.checkpoint} is of an unknown data set or precision")
-    precision = precision if args.precision == "auto" else args.precision
+def find_data(config, args):
+    """Return the folder of CIFAR-10: the one that is given, or that of training if it is there."""
+    of_training = Path(str(config.get("data_dir")))
+    return args.data_dir or (of_training if of_training.is_dir() else "data")
+
+
+def open_checkpoint(path, args):
+    """Return (config, model, device, autocast context), the model on the device."""
+    checkpoint = load_checkpoint(path)
+    config, model = checkpoint["config"], rebuild(checkpoint, path)
+    try:
+        device = choose_device(args.device or config.get("device", "auto"))
+    except ValueError:
+        if args.device:
+            raise
+        device = choose_device()  # it was trained on another machine
+    precision = checkpoint.get("precision") if args.precision == "auto" else args.precision
+    if precision not in PRECISIONS:
+        raise ValueError(f"{path} is of an unknown precision, {precision!r}")
     return config, model.to(device), device, autocast(device, precision)
 
 
-def measure(model, loader, in_precision, classes, tta=False):
-    """All test metrics that a history keeps of a model on a list of batches.
-    With `tta` also the accuracy and the loss that test-time augmentation gives."""
+def measure(model, batches, amp, classes, tta=False):
+    """Return all test metrics that a history keeps of a model on a list of batches, with `tta` also
+    the accuracy and the loss that test-time augmentation gives."""
     with keep_coefficients(model) as kept:
-        logits, labels = predict(model, loader, in_precision)
+        logits, labels = predict(model, batches, amp)
     metrics = measure_predictions(logits, labels, classes)
     gates = {name: measure_gate(torch.cat(parts), labels, classes) for name, parts in kept.items()}
     metrics["gates"] = [{"block": name} | gate for name, gate in gates.items()]
     block = model.backbone[0]
-    kernels = block.convs.weight.unflatten(0, (block.gate_linear.out_features, -1))
-    metrics["kernels"] = kernels.double().round(decimals=4).tolist()
+    kernels = block.convs.weight.unflatten(0, (block.gate_linear.out_features, -1)).cpu()
+    metrics["kernels"] = kernels.double().round(decimals=4).tolist()  # some devices have no double
     if tta:
-        logits = add_mirrored(logits, model, loader, in_precision)
+        logits = add_mirrored(logits, model, batches, amp)
         augmented = measure_predictions(logits, labels, classes)
         metrics["tta"] = {name: augmented[name] for name in ("accuracy", "loss")}
     return metrics
 
 
 def measure_predictions(logits, labels, classes):
-    """Metrics of logits (N, 10) against labels (N,), as train.py's history keeps them: percentages,
-    but for the confusion matrix, which counts; its rows are the true classes."""
+    """Return metrics of logits (N, classes) against labels (N,), as a history keeps them:
+    percentages, but for the confusion matrix, which counts; its rows are the true classes."""
     percentages = compute_percentages(logits)
     pairs = labels * len(classes) + logits.argmax(1)
     confusion = pairs.bincount(minlength=len(classes) ** 2).view(len(classes), len(classes))
@@ -115,7 +125,7 @@ def measure_predictions(logits, labels, classes):
 
 
 def measure_calibration(percentages, labels):
-    """The expected calibration error ("ece") of probabilities (N, 10), and the bins it is from.
+    """Return the expected calibration error ("ece") of probabilities (N, classes), and its bins.
     Each bin has the mean confidence and the accuracy of its images, None if it has no image: all in
     per cent. A confidence between two bins belongs to the lower one."""
     confidence, predicted = percentages.max(1)
@@ -130,16 +140,23 @@ def measure_calibration(percentages, labels):
 
 
 def find_most_wrong(percentages, labels, classes):
-    """The misclassified images of probabilities (N, 10), in per cent, the most confident first."""
+    """Return the misclassified images of percentages (N, classes), the most confident first."""
     confidence, predicted = percentages.max(1)
     wrong = (predicted != labels).nonzero().flatten()
     order = confidence[wrong].argsort(descending=True, stable=True)[:WRONG]
-    return [{"index": i, "true": classes[labels[i]], "predicted": classes[predicted[i]],
-             "confidence": confidence[i].item()} for i in wrong[order].tolist()]  # fmt: skip
+    return [
+        {
+            "index": i,
+            "true": classes[labels[i]],
+            "predicted": classes[predicted[i]],
+            "confidence": confidence[i].item(),
+        }
+        for i in wrong[order].tolist()
+    ]
 
 
 def measure_gate(coefficients, labels, classes):
-    """Metrics of a block's coefficients (N, k): means of each class (10, k), quantiles (k, 5)."""
+    """Return means (classes, k) and quantiles (k, 5) of a block's coefficients (N, k)."""
     members = F.one_hot(labels, len(classes)).T.float()
     means = members @ coefficients / members.sum(1, keepdim=True).clamp(min=1)
     levels = torch.tensor(QUANTILES, device=coefficients.device)
@@ -149,7 +166,7 @@ def measure_gate(coefficients, labels, classes):
 
 @contextlib.contextmanager
 def keep_coefficients(model):
-    """For each block, by name, a list of its coefficients (N, k) of every batch."""
+    """Give, for each block by name, a list of its coefficients (N, k) of every batch."""
     kept = {}
     with contextlib.ExitStack() as hooks:
         for name, block in model.backbone.blocks().items():
@@ -160,82 +177,113 @@ def keep_coefficients(model):
 
 
 def compute_percentages(logits):
-    """Probabilities (N, 10) in per cent; ValueError where logits (N, 10) have none."""
+    """Return probabilities (N, classes) in per cent; ValueError where logits have none."""
     if not logits.isfinite().all():
         raise ValueError("the network's outputs are NaN or infinite: train it with a lower --lr")
     return 100 * logits.softmax(1)
 
 
-def add_mirrored(logits, model, loader, in_precision):
-    """Test-time augmentation: the mean of logits (N, 10) and those of the mirrored images."""
-    mirrored = ((images.flip(3), labels) for images, labels in loader)
-    return (logits + predict(model, mirrored, in_precision)[0]) / 2
+def add_mirrored(logits, model, batches, amp):
+    """Return the mean of logits (N, classes) and those of the mirrored images."""
+    mirrored = ((images.flip(3), labels) for images, labels in batches)
+    return (logits + predict(model, mirrored, amp)[0]) / 2
 
 
-def classify(args):
-    """Print the likeliest classes of the photos args.image, draw them, return whether all were."""
-    config, model, device, in_precision = open_checkpoint(args)
-    dataset = config["dataset"]
-    note = " (flip test-time augmentation)" if args.tta else ""
-    predictions = []
-    for path in args.image:
+def classify(path, args):
+    """Print the likeliest classes of the photos args.image, draw them; return whether all were."""
+    config, model, device, amp = open_checkpoint(path, args)
+    dataset, note = config["dataset"], " (flip test-time augmentation)" if args.tta else ""
+    classes, predictions = CLASSES[dataset], []
+    for file in args.image:
         try:
-            photo = read_photo(path)
+            photo = read_photo(file)
         except ValueError as error:
             print(f"evaluate.py: error: {error}", file=sys.stderr)
             continue
         small = np.array(ImageOps.fit(photo, (IMAGE_SIZE, IMAGE_SIZE)))  # the middle, bicubic
-        images = normalise(torch.from_numpy(small).permute(2, 0, 1)[None].to(device), dataset)
-        batch = [(images, torch.zeros(1))]
-        logits, _ = predict(model, batch, in_precision)
+        x = normalise(torch.from_numpy(small).permute(2, 0, 1)[None].to(device), dataset)
+        batches = [(x, torch.zeros(1))]
+        logits, _ = predict(model, batches, amp)
         if args.tta:
-            logits = add_mirrored(logits, model, batch, in_precision)
+            logits = add_mirrored(logits, model, batches, amp)
         percentages = compute_percentages(logits)[0].tolist()
-        likeliest = sorted(zip(percentages, CLASSES[dataset]), reverse=True)[:3]
-        print(f"{path}: " + ", ".join(f"{name} {value:.1f} %" for value, name in likeliest) + note)
+        likeliest = sorted(zip(percentages, classes), reverse=True)[:3]
+        print(f"{file}: " + ", ".join(f"{name} {value:.1f} %" for value, name in likeliest) + note)
         photo.thumbnail((PHOTO, PHOTO))
-        name = path.name.encode(errors="replace").decode()  # which may not be UTF-8
+        name = file.name.encode(errors="replace").decode()  # which may not be UTF-8
         predictions.append((name, np.array(photo), small, percentages))
     if predictions:
         if len(predictions) > DRAWN:
             print(f"the picture shows the first {DRAWN} of them", file=sys.stderr)
-        stem = args.checkpoint.stem
-        figure = gallery.draw_predictions(predictions[:DRAWN], CLASSES[dataset], stem + note)
-        gallery.save(figure, args.checkpoint.with_name(f"{stem}-predictions.png"))
+        figure = gallery.draw_predictions(predictions[:DRAWN], classes, path.stem + note)
+        gallery.save(figure, path.with_name(f"{path.stem}-predictions.png"))
     return len(predictions) == len(args.image)
 
 
 def read_photo(path):
-    """The image in a file, upright and over white: a PIL image of mode RGB.
+    """Return the image in a file, upright and over white: a PIL image of mode RGB.
     Of an animation it is the first frame. ValueError says why there is none."""
     try:
+        if not path.is_file():
+            raise OSError("no file")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            if not path.is_file():
-                raise OSError("no file")
+            warnings.simplefilter("ignore")  # PIL refuses what is twice as large as it warns of
             with Image.open(path) as image:
-                image = ImageOps.exif_transpose(image)
-                if image.mode.startswith("I"):  # 16 bits a pixel, which PIL would clip
-                    image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
-                white = Image.new("RGBA", image.size, "white")
-                return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+                image = turn_upright(image)
+        if image.mode.startswith(("I", "F")):  # more than 8 bits a pixel, which PIL would clip
+            image = scale(np.asarray(image))
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+    except Image.DecompressionBombError as error:
+        limit = f"more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels"
+        raise ValueError(f"{path}: {limit} are too many: make it smaller") from error
     except Exception as error:  # a damaged file can make PIL's decoders raise nearly anything
         reason = " ".join(str(error).split())
         raise ValueError(f"{path}: not there, or not a whole image ({reason})") from error
 
 
+def turn_upright(image):
+    """Return a PIL image as its orientation says, or as it lies if that cannot be read."""
+    image.load()
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # another tag may be damaged
+        return image
+
+
+def scale(pixels):
+    """Return grey pixels of 16 or 32 bits as a PIL image, scaled by the range of their type, or by
+    their own where the type has none that is used."""
+    if pixels.dtype == np.uint16:
+        return Image.fromarray((pixels // 256).astype(np.uint8))
+    low, high = pixels.min(), pixels.max()
+    if not np.isfinite(high - low):
+        raise ValueError("a pixel is NaN or infinite")
+    share = (pixels.astype(float) - low) / (high - low or 1)
+    return Image.fromarray((255 * share).round().astype(np.uint8))
+
+
 def parse_args(argv=None):
-    """The options, checked; usage errors exit with 2."""
-    parser = make_parser(__doc__)
+    """Return the options. Wrong ones end in a line on stderr and exit code 2."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add = parser.add_argument
-    add("checkpoint", type=Path, help="runs/NAME.pt; metrics go to runs/NAME.json")
-    add("--image", type=Path, nargs="+", metavar="FILE", help="photos to classify; None: test")
+    files = "runs/NAME.pt; metrics go to runs/NAME.json"
+    add("checkpoints", type=to_path, nargs="+", metavar="checkpoint", help=files)
+    add("--image", type=to_path, nargs="+", metavar="FILE", help="photos to classify, no test")
     add("--tta", action="store_true", help="test-time augmentation, by mirror images, as well")
-    add("--once", action="store_true", help="no test if it was tested, or images held out")
-    add("--data-dir", help="where CIFAR-10 is; None: where it was for training")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps ...")
-    add("--precision", choices=PRECISIONS, default="auto", help="auto: that of training")
+    add(
+        "--once",
+        action="store_true",
+        help="only what is finished, was not tested and held no images out",
+    )
+    add("--data-dir", type=to_path, help="where CIFAR-10 is (default: where it was for training)")
+    add("--device", help="auto, cpu, cuda, cuda:1, mps ... (default: that of training)")
+    precision = "of products (default: that of training)"
+    add("--precision", choices=PRECISIONS, default="auto", help=precision)
     args = parser.parse_args(argv)
     if WORLD_SIZE > 1:
         parser.error(f"one process tests, not {WORLD_SIZE}: start it without torchrun")
@@ -243,17 +291,24 @@ def parse_args(argv=None):
 
 
 def main(argv=None):
-    """Test a checkpoint, or classify photos with it; failures exit with 1 and a line each."""
+    """Test checkpoints, or classify photos with them; failures exit with 1 and a line each."""
     args = parse_args(argv)
-    try:
-        if not args.image:
-            evaluate(args)
-        elif not classify(args):
-            sys.exit(1)
-    except (OSError, ValueError) as error:
-        sys.exit(f"evaluate.py: error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    with contextlib.suppress(AttributeError):  # where stdout is closed
+        sys.stdout.reconfigure(errors="backslashreplace")  # names may have any characters
+    failed = False
+    for path in args.checkpoints:
+        try:
+            if args.image:
+                failed |= not classify(path, args)
+            else:
+                evaluate(path, args)
+        except (OSError, ValueError) as error:
+            print(f"evaluate.py: error: {error}", file=sys.stderr)
+            failed = True
+        except KeyboardInterrupt:
+            sys.exit(130)
+    if failed:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -5,9 +5,11 @@ save(figure, Path("runs/row4-test.png"))
 """
 
 import math
+import os
 import sys
 import textwrap
 
+os.environ.pop("MPLBACKEND", None)  # notebooks set it to one of their own; none is used here
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
@@ -44,7 +46,7 @@ def start_figure(title, height):
 
 
 def save(figure, path):
-    """Write a Figure to a file, which its suffix says the format of, and say so on stderr.
+    """Write a Figure to a file, the suffix gives the format, and name it on stderr.
     The folder is made if it is missing. OSError as the disk says."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, lambda file: figure.savefig(file, format=path.suffix[1:], dpi=200))
@@ -55,8 +57,8 @@ def draw_test(test, title):
     """A Figure of test metrics (else KeyError): confusion, per-class accuracy, calibration."""
     title = f"{title}: {test['images']:,} test images, {test['accuracy']:.2f} % right"
     figure = start_figure(title, 9.2)
-    panels = figure.subplot_mosaic([["confusion"] * 2, ["classes", "calibration"]],
-                                   height_ratios=[5.6, 3])  # fmt: skip
+    places = [["confusion"] * 2, ["classes", "calibration"]]
+    panels = figure.subplot_mosaic(places, height_ratios=[5.6, 3])
     names, accuracies = zip(*test["per_class"].items())
     draw_confusion(panels["confusion"], test["confusion"], names)
     draw_bars(panels["classes"], names, accuracies, accuracies, "accuracy (%)")
@@ -68,8 +70,8 @@ def draw_confusion(axes, confusion, names):
     """Counts and row percentages of a confusion matrix, its rows the true classes."""
     counts = np.array(confusion)
     shares = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    texts = [f"{count:,}\n{share:.1f}%" if count else "0"
-             for count, share in zip(counts.flat, shares.flat)]  # fmt: skip
+    pairs = zip(counts.flat, shares.flat)
+    texts = [f"{count:,}\n{share:.1f}%" if count else "0" for count, share in pairs]
     draw_heat_map(axes, shares, texts, 0, 100, names)
     axes.set_yticks(range(len(names)), names)
     axes.set(xlabel="predicted", ylabel="true: count, share of the row")
@@ -102,8 +104,8 @@ def draw_calibration(axes, calibration):
     bins = calibration["bins"]
     edges = np.linspace(0, 100, len(bins) + 1)
     lefts, heights = zip(*((x, part["accuracy"]) for x, part in zip(edges, bins) if part["count"]))
-    axes.bar(lefts, heights, width=edges[1], align="edge", color=BLUE, edgecolor="white",
-             label="right")  # fmt: skip
+    bars = {"width": edges[1], "align": "edge", "edgecolor": "white"}
+    axes.bar(lefts, heights, color=BLUE, label="right", **bars)
     axes.plot([0, 100], [0, 100], "--", color="black", linewidth=1, label="if calibrated")
     counts = np.array([part["count"] for part in bins])
     shares = 100 * counts / counts.sum()

@@ -20,7 +20,6 @@ from torch import nn
 from fast import Pool, gated_conv
 
 IMAGE_SIZE = 32  # pixels
-CLASS_COUNT = 10
 GRID = 8  # the classifier pools to (AdaptiveAvgPool2d) or by (AvgPool2d) 8x8
 
 GATES = {
@@ -32,20 +31,30 @@ GATES = {
 
 # What build_model takes; train.py's options have these names and, as defaults, these values.
 DEFAULTS = {
-    "arch": [64, 128, 256, 512], "k": 3, "gate": "softmax", "block_relu": True, "norm": "none",
-    "downsample": False, "residual": False, "pool": "adaptive", "fc": 3, "hidden": 4096,
-    "dropout": 0.5, "init": "he",
-}  # fmt: skip
+    "arch": [64, 128, 256, 512],
+    "k": 3,
+    "gate": "softmax",
+    "block_relu": True,
+    "norm": "none",
+    "downsample": False,
+    "residual": False,
+    "pool": "adaptive",
+    "fc": 3,
+    "hidden": 4096,
+    "dropout": 0.5,
+    "init": "he",
+}
 
 
 class Block(nn.Module):
-    """k gated 3x3 convolutions (stride 1, padding 1) of one input, summed, then ReLU if `relu`.
+    """k gated 3x3 convolutions (stride 1, padding 1) of one input, summed, then ReLU if `relu`:
     (N, in_channels, H, W) -> (N, out_channels, H, W). `norm` "batch" normalises the sum before the
     ReLU (Ioffe and Szegedy 2015); `residual` adds the input to the output where the channels are as
     many (He et al. 2016)."""
 
-    def __init__(self, in_channels, out_channels, k, gate="softmax", relu=True, norm="none",
-                 residual=False):  # fmt: skip
+    def __init__(
+        self, in_channels, out_channels, k, gate="softmax", relu=True, norm="none", residual=False
+    ):
         super().__init__()
         # One convolution holds all k: initialisations depend on the fan-in, which stays the same.
         self.convs = nn.Conv2d(in_channels, k * out_channels, 3, padding=1)
@@ -56,7 +65,7 @@ class Block(nn.Module):
         self.residual = residual and in_channels == out_channels
 
     def coefficients(self, x):
-        """The gate's coefficients a of each image, float32: (N, in_channels, H, W) -> (N, k)."""
+        """Return the coefficients a of each image, float32: (N, in_channels, H, W) -> (N, k)."""
         pooled = x.mean(dim=(2, 3))
         with torch.autocast(x.device.type, enabled=False):  # softmax is to sum to one
             return self.gate(self.gate_linear(pooled.to(self.gate_linear.weight.dtype)))
@@ -69,7 +78,7 @@ class Block(nn.Module):
 
 
 class Backbone(nn.Sequential):
-    """One Block per entry of `arch`, its output channels; they are the next block's input channels.
+    """One Block per entry of `arch`, its output channels; they are the next block's input channels:
     (N, 3, 32, 32) -> (N, arch[-1], size, size). `downsample` halves the images by max pooling
     between two blocks wherever the number of channels changes; else their size stays."""
 
@@ -83,62 +92,66 @@ class Backbone(nn.Sequential):
             self.add_module(f"block{number}", Block(inputs, outputs, **block_options))
 
     def blocks(self):
-        """The blocks by their names."""
+        """Return the blocks by their names."""
         return {name: layer for name, layer in self.named_children() if isinstance(layer, Block)}
 
 
 class Classifier(nn.Sequential):
-    """Average pool, then `fc` linear layers with ReLU and dropout after each hidden one.
-    (N, in_channels, size, size) -> logits (N, 10). `pool` is "adaptive", AdaptiveAvgPool2d(8), an
-    8x8 grid; or "avg", AvgPool2d(8), a 4x4 grid of 32x32. A size below 8 replaces the 8."""
+    """Average pool, then `fc` linear layers with ReLU and dropout after each hidden one:
+    (N, in_channels, size, size) -> logits (N, classes). `pool` is "adaptive", AdaptiveAvgPool2d(8),
+    an 8x8 grid; or "avg", AvgPool2d(8), a 4x4 grid of 32x32. A size below 8 replaces the 8."""
 
-    def __init__(self, in_channels, size=IMAGE_SIZE, pool="adaptive", fc=1, hidden=4096, dropout=0):
+    def __init__(
+        self, in_channels, classes, size=IMAGE_SIZE, pool="adaptive", fc=1, hidden=4096, dropout=0
+    ):
         cells = min(GRID, size)
         grid = cells if pool == "adaptive" else size // cells
-        sizes = [in_channels * grid * grid, *[hidden] * (fc - 1), CLASS_COUNT]
+        widths = [in_channels * grid * grid, *[hidden] * (fc - 1)]
         layers = [Pool(F.avg_pool2d, size // grid), nn.Flatten()]
-        for inputs, outputs in pairwise(sizes[:-1]):
+        for inputs, outputs in pairwise(widths):
             layers += [nn.Linear(inputs, outputs), nn.ReLU(), nn.Dropout(dropout)]
-        super().__init__(*layers, nn.Linear(sizes[-2], CLASS_COUNT))
+        super().__init__(*layers, nn.Linear(widths[-1], classes))
 
 
-def build_model(options):
-    """The network of a dict of options, DEFAULTS for those it lacks; it may hold others.
-    Returns an nn.Sequential of `backbone` and `classifier`: (N, 3, 32, 32) -> logits (N, 10)."""
-    given = DEFAULTS | {name: options[name] for name in DEFAULTS.keys() & options.keys()}
-    of_blocks = {name: given[name] for name in ("k", "gate", "norm", "residual")}
-    backbone = Backbone(given["arch"], given["downsample"], relu=given["block_relu"], **of_blocks)
-    of_classifier = {name: given[name] for name in ("pool", "fc", "hidden", "dropout")}
-    classifier = Classifier(given["arch"][-1], backbone.size, **of_classifier)
+def build_model(options, classes=10):
+    """Return the network of a dict of options, DEFAULTS for those it lacks; it may hold others. It
+    is an nn.Sequential of `backbone` and `classifier`: (N, 3, 32, 32) -> logits (N, classes)."""
+    options = DEFAULTS | {name: options[name] for name in DEFAULTS.keys() & options.keys()}
+    block = {name: options[name] for name in ("k", "gate", "norm", "residual")}
+    block["relu"] = options["block_relu"]
+    backbone = Backbone(options["arch"], options["downsample"], **block)
+    head = {name: options[name] for name in ("pool", "fc", "hidden", "dropout")}
+    classifier = Classifier(options["arch"][-1], classes, backbone.size, **head)
     model = nn.Sequential(OrderedDict(backbone=backbone, classifier=classifier))
-    if given["init"] == "he":
+    if options["init"] == "he":
         model.apply(initialise_he)
     return model
 
 
 def initialise_he(module):
-    """He initialisation of a convolution or linear layer (He et al. 2015), its bias zero."""
+    """Initialise a convolution or linear layer as He et al. (2015) do, its bias with zero."""
     if isinstance(module, (nn.Conv2d, nn.Linear)):
         nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
         nn.init.zeros_(module.bias)
 
 
 @torch.inference_mode()
-def predict(model, batches, in_precision):
-    """(logits, labels) of all batches: float32 (N, 10), int64 (N,). `in_precision`: a context."""
+def predict(model, batches, amp):
+    """Return (logits, labels) of all batches, float32 (N, classes) and int64 (N,). `amp` is the
+    context of the forward pass: device.autocast."""
     model.eval()
     logits, labels = [], []
-    for images, targets in batches:
-        with in_precision:
-            logits.append(model(images).float())
+    for x, targets in batches:
+        with amp:
+            logits.append(model(x).float())
         labels.append(targets)
     return torch.cat(logits), torch.cat(labels)
 
 
 @torch.inference_mode()
 def count_macs(model):
-    """Multiply-accumulates of an image's forward pass, the k convolutions and their weighting
-    included, without normalisation and pooling."""
+    """Return the multiply-accumulates of an image's forward pass, all k convolutions and their
+    weighting included, without normalisation and pooling."""
     counts = []
 
     def count(layer, inputs, output):

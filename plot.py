@@ -12,18 +12,20 @@ runs, if it has any. A run that evaluate.py tested has two pictures more, runs/r
 runs/row4-gates.png. --watch rewrites the picture: an image viewer that reloads shows it live.
 """
 
+import argparse
+import contextlib
+import json
 import os
 import statistics
 import sys
 import textwrap
 import time
 from itertools import cycle, zip_longest
-from pathlib import Path
 
 import numpy as np
 
-import history
 from gallery import BLUE, COLOURS, ORANGE, draw_gates, draw_test, save, start_figure, style
+from history import hyperparameters, read_history, to_path, write_atomically
 
 DASHES = ("-", "--", "-.", ":")
 WATCH_SECONDS = 3  # between two looks at a run
@@ -31,17 +33,18 @@ TESTED = {  # pictures of a run's test metrics: what draws them, and which metri
     "test": (draw_test, "images", "per_class", "confusion", "calibration"),
     "gates": (draw_gates, "per_class", "gates", "kernels"),
 }
+COLUMNS = ("row", "hyperparameters", "parameters", "reported", "measured", "difference", "seconds")
 
 
 def draw_all(args):
-    """Write every picture and the table. Returns what could not be read or drawn, a line each."""
+    """Write every picture and the table. Return what could not be read or drawn, a line each."""
     runs, problems = {}, []
     for path in args.histories:
         try:
-            runs[path] = history.read_history(path)
+            runs[path] = read_history(path)
         except (OSError, ValueError) as error:
             problems.append(error)
-    rows = history.group(runs.values())
+    rows = group(runs.values())
     pictures = list_pictures(args, runs, rows)
     for target, (draw, *what) in pictures.items():
         try:
@@ -49,15 +52,17 @@ def draw_all(args):
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             problems.append(f"{target} is not drawn: its metrics are damaged ({error})")
     if rows:
-        results = history.tabulate(rows)
+        results = tabulate(rows)
         print(results, end="")
     if len(rows) > 1:
-        history.write_text(list(pictures)[-1].with_name("results.md"), results)
+        target = list(pictures)[-1].with_name("results.md")
+        write_atomically(target, lambda file: file.write(results.encode()))
     return problems
 
 
 def list_pictures(args, runs, rows):
-    """What draws each picture, by its file: (function, arguments ...); ValueError if two share."""
+    """Return what draws each picture, by its file: (function, arguments ...). ValueError if two
+    pictures share a file."""
     pictures, paths = {}, {id(run): path for path, run in runs.items()}
     title = args.title if len(rows) == 1 else None
 
@@ -69,7 +74,7 @@ def list_pictures(args, runs, rows):
 
     for row in rows:
         path = paths[id(row[0])]
-        add(path, history.name_row(row, path.stem), draw_run, row, title)
+        add(path, name_row(row, path.stem), draw_run, row, title)
     for path, run in runs.items():
         for name, (draw, *needed) in TESTED.items():
             if set(needed) <= run.get("test", {}).keys():
@@ -79,12 +84,105 @@ def list_pictures(args, runs, rows):
     return pictures
 
 
+def group(histories):
+    """Group histories into rows: runs of the same reported figures, alike but for the seed; of two
+    with the same seed the finished one, or the first."""
+    rows = {}
+    for history in histories:
+        options = hyperparameters(history["config"]) | {"seed": None}
+        key = json.dumps([options, history["reported"]], sort_keys=True)
+        runs, seed = rows.setdefault(key, {}), history["config"].get("seed", 0)
+        runs[seed] = max(runs.get(seed, history), history, key=lambda run: run["finished"])
+    return [[row[seed] for seed in sorted(row)] for row in rows.values()]
+
+
+def name_row(row, name=None):
+    """Return what a row is called: its first run's name (or file name), less the seed of several
+    runs."""
+    name, seed = name or row[0]["name"], row[0]["config"].get("seed")
+    return name.removesuffix(f"-seed{seed}") if len(row) > 1 else name
+
+
+def choose_settled(row):
+    """Return the finished runs of a row, or all if none has finished."""
+    return [history for history in row if history["finished"]] or row
+
+
+def last_accuracies(row):
+    """Return the accuracies (%) that a row's settled runs end with: evaluate.py's if all were
+    tested, else the last epochs'. A run without an epoch has none."""
+    settled = choose_settled(row)
+    if all("test" in run for run in settled):
+        return [run["test"]["accuracy"] for run in settled]
+    return [run["epochs"][-1]["val_accuracy"] for run in settled if run["epochs"]]
+
+
+def note_unfinished(row):
+    """Return ' (unfinished, epoch 3 of 15)' of the first run of a row that is, else nothing."""
+    for run in row:
+        if not run["finished"]:
+            return (
+                f" (unfinished, epoch {len(run['epochs'])} of {run['config'].get('epochs', '?')})"
+            )
+    return ""
+
+
+def tabulate(rows):
+    """Return the results as aligned Markdown: a line per row, with the options that not all
+    share."""
+    configs = [hyperparameters(row[0]["config"]) for row in rows]
+    shared = {key for key in configs[0] if all(c.get(key) == configs[0][key] for c in configs)}
+    lines = [list(COLUMNS)]
+    for row, config in zip(rows, configs):
+        shown = ({"arch", "k"} | (config.keys() - shared)) - {"seed"}
+        words = [f"{key.replace('_', ' ')} {_words(config[key])}" for key in config if key in shown]
+        cells = [name_row(row), ", ".join(words), *_make_cells(row)]
+        lines.append([cell.replace("|", "\\|") for cell in cells])
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    lines.insert(1, ["-" * w if i < 2 else "-" * (w - 1) + ":" for i, w in enumerate(widths)])
+    formats = [f"{'<' if i < 2 else '>'}{w}" for i, w in enumerate(widths)]
+    return "".join(f"| {' | '.join(map(format, line, formats))} |\n" for line in lines)
+
+
+def _make_cells(row):
+    """Return a row's cells in the table from "parameters" on."""
+    row = choose_settled(row)
+    reported, parameters, values = (
+        row[0]["reported"],
+        row[0].get("parameters"),
+        last_accuracies(row),
+    )
+    cells = [
+        f"{parameters:,}" if isinstance(parameters, int) else "",
+        ", ".join(f"{figure:.2f} %" for figure in reported),
+    ]
+    if not values:
+        return [*cells, "no epoch yet" + note_unfinished(row), "", ""]
+    mean = statistics.fmean(values)
+    result = f"{mean:.2f} %"
+    if len(values) > 1:
+        result += f" ± {statistics.stdev(values):.2f} (n = {len(values)})"
+    held_out = row[0]["config"].get("holdout") and not all("test" in run for run in row)
+    result += " on held-out images" if held_out else ""
+    difference = "" if held_out else ", ".join(f"{mean - figure:+.2f}" for figure in reported)
+    seconds = [sum(e["seconds"] for e in run["epochs"]) for run in row if run["epochs"]]
+    cells += [result + note_unfinished(row), difference, f"{statistics.fmean(seconds):,.1f}"]
+    return cells
+
+
+def _words(value):
+    """Return an option's value in words."""
+    if isinstance(value, list):
+        return " ".join(map(str, value)) or "none"
+    return {True: "yes", False: "no", None: "default"}.get(value, str(value))
+
+
 def draw_run(row, title=None):
     """A Figure of a row, one run or several seeds: loss and accuracy per epoch, loss per batch."""
     batch_losses = [run["batch_losses"] for run in row if run["batch_losses"]]
     seeds = f", mean and range of {len(row)} seeds" if len(row) > 1 else ""
-    title = title or history.name_row(row) + seeds
-    figure = start_figure(title + history.note_unfinished(row), 5.4 if batch_losses else 3)
+    title = title or name_row(row) + seeds
+    figure = start_figure(title + note_unfinished(row), 5.4 if batch_losses else 3)
     batch_panel = [["batches", "batches"]] if batch_losses else []
     axes = figure.subplot_mosaic([["loss", "accuracy"], *batch_panel])
     draw_epochs(axes["loss"], row, "loss", "loss")
@@ -103,9 +201,11 @@ def draw_epochs(axes, row, quantity, label):
         axes.fill_between(epochs, train, val, color="black", alpha=0.1, linewidth=0, label="gap")
         above = train[-1] >= val[-1]  # so that the two numbers do not overlap
         for last, colour, upper in ((train[-1], BLUE, above), (val[-1], ORANGE, not above)):
-            axes.annotate(f"{last:.2f}", (epochs[-1], last), xytext=(6, 0), color=colour,
-                          textcoords="offset points", va="bottom" if upper else "top",
-                          fontsize=8)  # fmt: skip
+            where = {"xytext": (6, 0), "textcoords": "offset points"}
+            va = "bottom" if upper else "top"
+            axes.annotate(
+                f"{last:.2f}", (epochs[-1], last), **where, color=colour, va=va, fontsize=8
+            )
         axes.legend(frameon=False, fontsize=8)
         axes.margins(y=0.12)  # for the numbers
     else:
@@ -119,8 +219,8 @@ def draw_metric(axes, row, metric, line, colour, label):
     means, low, high = spread([[epoch[metric] for epoch in run["epochs"]] for run in row])
     epochs = np.arange(1, len(means) + 1)
     every = max(1, len(epochs) // 15)  # enough to tell two lines apart in grey
-    axes.plot(epochs, means, line, color=colour, markersize=3.5, markevery=every, linewidth=1.4,
-              label=label)  # fmt: skip
+    dots = {"markersize": 3.5, "markevery": every}
+    axes.plot(epochs, means, line, color=colour, linewidth=1.4, label=label, **dots)
     if len(row) > 1:
         axes.fill_between(epochs, low, high, color=colour, alpha=0.25, linewidth=0)
     axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
@@ -136,8 +236,8 @@ def draw_batches(axes, batch_losses):
     middles = np.arange(len(means)) + (window + 1) / 2
     losses = np.concatenate(batch_losses)
     if len(batch_losses) == 1:
-        axes.plot(np.arange(1, len(losses) + 1), losses, color=BLUE, alpha=0.35, linewidth=0.5,
-                  label="each batch")  # fmt: skip
+        numbers, thin = np.arange(1, len(losses) + 1), {"alpha": 0.35, "linewidth": 0.5}
+        axes.plot(numbers, losses, color=BLUE, label="each batch", **thin)
     else:
         axes.fill_between(middles, low, high, color=BLUE, alpha=0.35, linewidth=0)
     axes.plot(middles, means, color="black", linewidth=1.2, label=f"mean of {window}")
@@ -151,8 +251,8 @@ def draw_batches(axes, batch_losses):
 
 def draw_comparison(rows, title=None):
     """A Figure of all rows: reported beside measured accuracy, and accuracy over the epochs."""
-    notes = [history.note_unfinished(history.choose_settled(row)) for row in rows]
-    names = [textwrap.fill(history.name_row(row) + note, 36) for row, note in zip(rows, notes)]
+    notes = [note_unfinished(choose_settled(row)) for row in rows]
+    names = [textwrap.fill(name_row(row) + note, 36) for row, note in zip(rows, notes)]
     lines = sum(name.count("\n") + 1 for name in names)
     heights = 1.2 + 0.2 * lines, max(3, 0.4 + 0.15 * lines)
     figure = start_figure(title or "", sum(heights))
@@ -170,20 +270,20 @@ def draw_comparison(rows, title=None):
 def draw_dots(axes, rows, names):
     """Reported and measured accuracy of each row as dots; several seeds as ticks on a line."""
     for place, row in enumerate(rows):
-        values = history.last_accuracies(row)
+        values = last_accuracies(row)
         if len(values) > 1:
             axes.plot(sorted(values), [place] * len(values), "|-", color=BLUE, label="seeds")
-        if row[0]["reported"] is not None:
-            axes.plot(row[0]["reported"], place, "o", color=ORANGE, fillstyle="none",
-                      markersize=9, markeredgewidth=1.5, label="reported")  # fmt: skip
+        for figure in row[0]["reported"]:
+            ring = {"fillstyle": "none", "markersize": 9, "markeredgewidth": 1.5}
+            axes.plot(figure, place, "o", color=ORANGE, label="reported", **ring)
         if values:
             mean = statistics.fmean(values)
             axes.plot(mean, place, "D", color=BLUE, markersize=4.5, label="measured")
     axes.set_yticks(range(len(rows)), names, fontsize=8)
     axes.set_ylim(len(rows) - 0.5, -0.5)  # the first row on top
     labelled = dict(zip(*reversed(axes.get_legend_handles_labels())))  # each label once
-    axes.legend(labelled.values(), labelled.keys(), frameon=False, fontsize=8, ncols=3,
-                loc="lower center", bbox_to_anchor=(0.5, 1))  # fmt: skip
+    above = {"loc": "lower center", "bbox_to_anchor": (0.5, 1), "ncols": 3}
+    axes.legend(labelled.values(), labelled.keys(), frameon=False, fontsize=8, **above)
     style(axes, "accuracy (%)", "")
 
 
@@ -201,7 +301,7 @@ def watch(args):
     while not run["finished"]:
         changed = path.stat().st_mtime_ns
         if changed != drawn:
-            run, drawn = history.read_history(path), changed
+            run, drawn = read_history(path), changed
             save(draw_run([run], args.title), choose_target(args, path, path.stem))
         else:
             time.sleep(WATCH_SECONDS)
@@ -213,13 +313,18 @@ def choose_target(args, path, name):
 
 
 def parse_args(argv=None):
-    """The options, checked; usage errors exit with 2."""
-    parser = history.make_parser(__doc__)
+    """Return the options. Wrong ones end in a line on stderr and exit code 2."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add = parser.add_argument
-    add("histories", nargs="+", type=Path, help="runs/NAME.json")
-    add("--out", type=Path, help="folder to write to; None: that of the histories")
-    add("--format", choices=("png", "svg", "pdf"), default="png", help="of the pictures")
-    add("--title", help="of the pictures; of several rows, of their comparison; None: the name")
+    add("histories", nargs="+", type=to_path, help="runs/NAME.json")
+    add("--out", type=to_path, help="folder to write to (default: that of the histories)")
+    formats = "of the pictures (default: %(default)s)"
+    add("--format", choices=("png", "svg", "pdf"), default="png", help=formats)
+    add("--title", help="of the picture; of several rows, of their comparison (default: the name)")
     add("--watch", action="store_true", help="follow one run's curves until it is finished")
     args = parser.parse_args(argv)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # as device.py has it, which loads PyTorch
@@ -233,6 +338,8 @@ def parse_args(argv=None):
 def main(argv=None):
     """Draw or watch what the options say; failures exit with 1 and a line each."""
     args = parse_args(argv)
+    with contextlib.suppress(AttributeError):  # where stdout is closed
+        sys.stdout.reconfigure(errors="backslashreplace")  # names may have any characters
     try:
         problems = watch(args) if args.watch else draw_all(args)
     except (OSError, ValueError) as error:

@@ -1,10 +1,18 @@
-"""One training run that survives interruption: saved, restored, stopped; what it prints.
+"""One training run that survives interruption: its name claimed, saved, restored, stopped.
 
-train.py shows how it is used. All randomness of a run is drawn from (seed, epoch, step), so a saved
-state holds no generators and a run may stop after any batch.
+    with claim(args.out, args.name):
+        saved = find_run(args)
+        run = Run(args, saved, ...)          # train.py shows the rest
+
+    model = load_model("runs/row4.pt")       # in evaluation mode, on the CPU
+
+runs/NAME.pt is the whole truth about a run, runs/NAME.json its history for people and plot.py. All
+randomness is drawn from (seed, epoch, step), so a saved state holds no generators and a run may
+stop after any batch.
 """
 
 import contextlib
+import glob
 import json
 import math
 import os
@@ -13,16 +21,31 @@ import signal
 import sys
 import time
 import warnings
+import zipfile
+from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
-from checkpoint import find_run, write_checkpoint
-from device import RANK, WORLD_SIZE, add_up, agree, leave, wait
-from history import HEADER, format_epoch, format_seconds, write_history
+from data import CLASSES
+from device import RANK, WORLD_SIZE, all_reduce_max, all_reduce_sum, barrier, print0
+from history import (
+    hyperparameters,
+    read_history,
+    round_loss,
+    write_atomically,
+    write_history,
+)
+from model import IMAGE_SIZE, build_model
 
+try:
+    import fcntl
+except ImportError:  # Windows: there, two runs of one name are not kept apart
+    fcntl = None
+
+FORMAT = "gated multi-convolution checkpoint 3"
 SAVE_SECONDS = 60  # from one saved state to the next, or 40 times what saving takes
 LOOK_EVERY = 16  # batches, where reading a loss makes the CPU wait for the device
+HEADER = "  epoch        lr  train loss  acc. %    val loss  acc. %     time  images/s"
 
 
 class Stop(Exception):
@@ -30,168 +53,160 @@ class Stop(Exception):
 
 
 class Run:
-    """How far a run has come, its history, and its files runs/NAME.json, .pt and .state.pt.
-    `epoch` and `step` count those that are done; `sizes` are the images of each batch of an epoch.
-    Of several processes the first alone writes files."""
+    """One run: how far it has come, its history and its two files. Of several processes the first
+    alone writes. `batch_sizes` are the images of each batch of an epoch."""
 
-    def __init__(self, args):
-        """Find the run of these options: ValueError as find_run says; Stop if nothing is to do."""
-        self.args, self.config = args, vars(args) | {"out": str(args.out)}
-        self.step, self.lr, self.signal, self.save_seconds = 0, None, 0, SAVE_SECONDS
-        self.history, self.saved = find_run(args.out, self.config)
-        # On whatever CPU, a run goes on in the precision that it began in.
-        began = json.loads((self.saved or {}).get("history", "{}")).get("environment", {})
-        self.precision = began.get("precision", args.precision)
-        if self.history and args.reported is None:
-            args.reported = self.config["reported"] = self.history["reported"]
-        if self.history and self.history["finished"] and not self.saved:
-            if args.schedule != "none":
-                self._remove(".state.pt")  # a kill may have left it
-            # ablations.sh may have copied it from another row.
-            self.history |= {"name": args.name, "reported": args.reported}
-            self._write_history()
-            raise Stop(f"{self.path('.json')} is finished: nothing to do", 0)
+    def __init__(self, args, saved, images, info, **parts):
+        """Restore what was saved; write the first files. `saved` is what find_run gave, `images`
+        how many an epoch has, `info` what the history is to say of the run. `parts` have a
+        state_dict: model, optimizer, scheduler, and ema, which may be None."""
+        self.args, self.parts = args, {name: part for name, part in parts.items() if part}
+        self.config = vars(args) | {"out": str(args.out), "data_dir": str(args.data_dir)}
+        size = args.batch_size
+        self.batch_sizes = [min(size, images - first) for first in range(0, images, size)]
+        self.signal, self.save_seconds = 0, SAVE_SECONDS
+        self.began = self.trained_at = self.saved_at = time.monotonic()
+        self.history = {"name": args.name, "command": format_command(sys.argv)}
+        self.history |= {"config": self.config, "reported": args.reported} | info
+        self.history |= {"epochs": [], "batch_losses": [], "finished": False}
+        self.metrics, self.lr = {}, None  # of the batches of this epoch
+        if saved:
+            self._restore(saved)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._on_signal)
+        barrier()  # until all processes have read what is there of the run
+        if not saved and RANK == 0:
+            self._write_checkpoint()
+        self._write_history()
+        epochs_done = len(self.history["epochs"])
+        self.progress = Progress(epochs_done + self._share_done(), args.epochs, images)
+        print0("\n" + HEADER)
+        for epoch in self.history["epochs"]:
+            print0(format_epoch(epoch, args.epochs))
 
     def path(self, suffix):
-        """The file of this run with that suffix."""
+        """Return the file of this run with that suffix."""
         return self.args.out / (self.args.name + suffix)
 
     @property
-    def epoch(self):
-        """How many epochs are done."""
-        return len(self.history["epochs"])
+    def position(self):
+        """(epoch, step) that the run goes on with."""
+        return len(self.history["epochs"]), self._steps_done()
 
-    def start(self, parts, facts, images, device):
-        """Bring the parts, things with a state_dict, to where they were saved; begin the files. The
-        part "weights" is the model; a part may be None. `facts` go into the history; `images` are
-        how many an epoch has. ValueError if what was saved does not fit the parts."""
-        batch = self.args.batch_size
-        self.sizes = [min(batch, images - first) for first in range(0, images, batch)]
-        self.device, self.parts = device, parts
-        self.metrics = torch.zeros(len(self.sizes), 2, device=device)  # loss, right predictions
-        self.began = self.trained_at = self.saved_at = time.monotonic()
-        head = {"name": self.args.name, "command": format_command(), "config": self.config}
-        head |= {"reported": self.args.reported} | facts
-        if self.saved:
-            self._restore(head)
-        else:
-            if self.history:
-                say("there is no saved state: beginning again")
-            self.history = head | {"epochs": [], "batch_losses": [], "finished": False}
-        self.progress = Progress(self.epochs_done(), self.args.epochs, images)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._on_signal)
-        wait()  # until all processes have read what is there of the run
-        if self.args.overwrite:  # weights before history, so that no kill leaves files of two runs
-            self._remove(".state.pt", ".pt")
-        self._write_history()
-        say("\n" + HEADER)
-        for epoch in self.history["epochs"]:
-            say(format_epoch(epoch, self.args.epochs))
+    def _steps_done(self):
+        return len(self.metrics["loss"]) if self.metrics else 0
 
-    def _restore(self, head):
-        saved = self.saved
-        try:
-            for name, part in self.parts.items():
-                if part is not None:
-                    part.load_state_dict(saved[name])
-            self.history = json.loads(saved["history"]) | head | {"finished": False}
-            self.step, self.lr = len(saved["metrics"]), saved["lr"]
-            self.metrics[: self.step] = saved["metrics"]
-            self.began -= saved["seconds"]
-        except (KeyError, RuntimeError, TypeError, ValueError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise ValueError(f"{self.path('.state.pt')} is of another run ({reason})") from error
-        self.saved = None  # its memory is needed
-        # A resumed run steps its scheduler before this process has trained.
-        warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+    def _share_done(self):
+        return self._steps_done() / len(self.batch_sizes)
 
-    def epochs_done(self):
-        """How many epochs are done, the current one counted in part."""
-        return self.epoch + self.step / len(self.sizes)
-
-    def after_batch(self, loss, correct, lr):
-        """Note a batch's loss, right predictions and learning rate; save or stop if it is time to.
-        `loss` and `correct` are tensors of one number, of this process's share of the batch.
+    def log_batch(self, epoch, step, lr, loss, correct, **metrics):
+        """Note a batch's metrics, tensors of one number; save or stop if it is time to. `loss` and
+        `correct` are of this process's images and added up; others are the same in each process.
         Raises Stop if the loss is NaN or infinite, or a signal came."""
-        self.metrics[self.step] = add_up(torch.stack([loss.detach(), correct]))
-        self.step, self.lr = self.step + 1, lr
-        if self.device.type == "cpu" or self.step % LOOK_EVERY == 0 or self.step == len(self.sizes):
-            losses = self.metrics[: self.step, 0]
-            wrong = (~losses.isfinite()).nonzero().flatten().tolist()
-            if wrong:
-                loss, batch = losses[wrong[0]].item(), wrong[0] + 1
-                self._stop_at(f"the loss is {loss} at epoch {self.epoch + 1}, batch {batch}")
+        loss, correct = all_reduce_sum(torch.stack([loss.detach(), correct])).unbind()
+        for name, value in {"loss": loss, "correct": correct, **metrics}.items():
+            self.metrics.setdefault(name, []).append(value.detach())
+        self.lr, done = lr, step + 1
+        if loss.is_cpu or done % LOOK_EVERY == 0 or done == len(self.batch_sizes):
+            self._check_losses(epoch, done)
             self.trained_at = time.monotonic()
-            self.progress.show(self.epochs_done(), self.step, len(self.sizes))
-            self._save_or_stop()
+            self.progress.show(epoch + done / len(self.batch_sizes), done, len(self.batch_sizes))
+            self._save_or_stop(loss.device)
 
-    def save_between(self, batches):
-        """The batches of a validation: after each of them the run may be saved or stopped."""
-        for batch in batches:
-            yield batch
-            self._save_or_stop()
+    def watch(self, batches):
+        """Yield the batches of a validation; after each of them the run may be saved or stopped."""
+        for x, labels in batches:
+            yield x, labels
+            self._save_or_stop(x.device)
 
-    def after_epoch(self, logits, labels):
-        """Add an epoch's metrics to the history, write it, print their line.
-        logits (N, 10) and labels (N,) are of this process's share of the validation images."""
-        loss = F.cross_entropy(logits, labels, reduction="sum")
-        correct = (logits.argmax(1) == labels).sum()
-        sums = torch.stack([loss, correct, torch.full_like(loss, len(labels))])
-        val_loss, val_correct, val_images = add_up(sums).tolist()
-        if not math.isfinite(val_loss):
-            self._stop_at(f"the validation loss is {val_loss} after epoch {self.epoch + 1}")
-        losses, right = self.metrics.T.tolist()
-        images, now = sum(self.sizes), time.monotonic()
-        epoch = {"epoch": self.epoch + 1, "lr": self.lr,
-                 "train_loss": sum(loss * size for loss, size in zip(losses, self.sizes)) / images,
-                 "train_accuracy": 100 * sum(right) / images,
-                 "val_loss": val_loss / val_images, "val_accuracy": 100 * val_correct / val_images,
-                 "seconds": now - self.began,
-                 "images_per_second": images / (self.trained_at - self.began)}  # fmt: skip
-        self.history["epochs"].append(epoch)
-        self.history["batch_losses"] += losses
-        self.step, self.began = 0, now
+    def log_epoch(self, epoch, **validation):
+        """Add an epoch's metrics to the history, write it and print them. `validation` are numbers:
+        val_loss, val_accuracy and whatever else. Raises Stop if val_loss is NaN or infinite."""
+        if not math.isfinite(validation["val_loss"]):
+            loss = validation["val_loss"]
+            self._stop_at(f"the validation loss is {loss} after epoch {epoch + 1}")
+        images, now = sum(self.batch_sizes), time.monotonic()
+        metrics = {name: torch.stack(values).tolist() for name, values in self.metrics.items()}
+        self.history["batch_losses"] += map(round_loss, metrics["loss"])
+        accuracy = 100 * sum(metrics.pop("correct")) / images
+        means = {
+            f"train_{name}": sum(v * size for v, size in zip(values, self.batch_sizes)) / images
+            for name, values in metrics.items()
+        }
+        line = {"epoch": epoch + 1, "lr": self.lr} | means | {"train_accuracy": accuracy}
+        line |= validation | {"seconds": now - self.began}
+        line |= {"images_per_second": images / (self.trained_at - self.began)}
+        self.history["epochs"].append(line)
+        self.metrics, self.began = {}, now
         self._write_history()
         self.progress.clear()
-        say(format_epoch(epoch, self.args.epochs))
+        print0(format_epoch(line, self.args.epochs))
 
-    def finish(self, model):
-        """Write the weights of a model, mark the history as finished, remove the saved state.
-        A run without a schedule keeps a state, since it may be given more epochs."""
+    def finish(self):
+        """Write the checkpoint without what only resuming needs, and the history as finished. A run
+        without a schedule keeps it all, since it may be given more epochs."""
+        self.history["finished"] = True
         if RANK == 0:
             try:
-                more = {"precision": self.history["environment"]["precision"]}
-                write_checkpoint(self.path(".pt"), self.config, model.state_dict(), **more)
+                self._write_checkpoint(resumable=self.args.schedule == "none")
             except OSError as error:
                 reason = f"no weights written ({error}); {self._say_how_to_go_on()}"
                 raise Stop(reason, 1) from error
-            if self.args.schedule == "none":
-                self._save()
-        self.history["finished"] = True
         self._write_history()
-        if self.args.schedule != "none":
-            self._remove(".state.pt")
-        leave()
+        barrier()  # no process leaves while another needs it
+
+    def _restore(self, saved):
+        try:
+            for name, part in self.parts.items():
+                part.load_state_dict(saved["state"][name])
+            kept = json.loads(saved["history"])
+            self.history |= {name: kept[name] for name in ("epochs", "batch_losses")}
+            self.history["reported"] = self.args.reported or kept["reported"]
+            device = next(self.parts["model"].parameters()).device
+            for name, values in saved["state"]["metrics"].items():
+                self.metrics[name] = list(values.to(device).unbind())
+            self.lr, self.began = saved["state"]["lr"], self.began - saved["state"]["seconds"]
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(f"{self.path('.pt')} is of another run ({reason})") from error
+        # A resumed run steps its scheduler before this process has trained.
+        warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+
+    def _check_losses(self, epoch, done):
+        recent = torch.stack(self.metrics["loss"][-LOOK_EVERY:]).tolist()
+        for batch, loss in enumerate(recent, start=done - len(recent) + 1):
+            if not math.isfinite(loss):
+                self._stop_at(f"the loss is {loss} at epoch {epoch + 1}, batch {batch}")
 
     def _write_history(self):
         if RANK == 0:
             write_history(self.path(".json"), self.history)
 
-    def _remove(self, *suffixes):
-        for suffix in suffixes if RANK == 0 else ():
-            self.path(suffix).unlink(missing_ok=True)
+    def _write_checkpoint(self, resumable=True):
+        model, ema = self.parts["model"], self.parts.get("ema")
+        checkpoint = {
+            "config": self.config,
+            "precision": self.history["environment"]["precision"],
+            "history": json.dumps(self.history),
+            "weights": (ema.module if ema else model).state_dict(),  # those that are tested
+        }
+        if resumable:
+            checkpoint["state"] = {name: part.state_dict() for name, part in self.parts.items()}
+            metrics = {name: torch.stack(values).cpu() for name, values in self.metrics.items()}
+            seconds = time.monotonic() - self.began
+            checkpoint["state"] |= {"metrics": metrics, "lr": self.lr, "seconds": seconds}
+        write_checkpoint(self.path(".pt"), checkpoint)
 
     def _on_signal(self, number, frame):
         self.signal = number
 
-    def _save_or_stop(self):
-        """Save the state if it is time to; if a signal came, to whichever process, stop."""
-        number = agree(self.signal, self.device)  # later ones wait for the next batch
+    def _save_or_stop(self, device):
+        """Save the run if it is time to; if a signal came, to whichever process, stop it."""
+        number = all_reduce_max(self.signal, device)  # later ones wait for the next batch
         if not number and time.monotonic() - self.saved_at < self.save_seconds:
             return
         began = time.monotonic()
-        saved = self._save()
+        saved = RANK > 0 or self._save()
         self.saved_at = time.monotonic()
         # The state of the report's final model is 1.9 GB: where disks are slow, save it seldom.
         self.save_seconds = max(SAVE_SECONDS, 40 * (self.saved_at - began))
@@ -202,18 +217,12 @@ class Run:
             raise Stop(f"{name}: {lost}{self._say_how_to_go_on()}", 128 + number)
 
     def _save(self):
-        """Save what the run needs to go on, if this is the first process; whether it was possible.
-        Weights that are not finite are not saved: the last good state stays."""
-        if RANK > 0:
-            return True
-        parts = {name: part and part.state_dict() for name, part in self.parts.items()}
-        if not all(weights.isfinite().all() for weights in parts["weights"].values()):
-            return False
+        """Save what the run needs to go on; return whether that was possible."""
+        weights = self.parts["model"].state_dict().values()
+        if not all(tensor.isfinite().all() for tensor in weights):
+            return False  # the last good state stays
         try:
-            write_checkpoint(self.path(".state.pt"), self.config, **parts,
-                             history=json.dumps(self.history), lr=self.lr,
-                             metrics=self.metrics[: self.step].cpu(),
-                             seconds=time.monotonic() - self.began)  # fmt: skip
+            self._write_checkpoint()
         except OSError as error:
             self.progress.clear()
             print(f"train.py: warning: the state is not saved: {error}", file=sys.stderr)
@@ -229,27 +238,155 @@ class Run:
         return f"go on with {format_command([*words, '--resume'])}"
 
 
-def format_command(words=None):
-    """The command line of this process (or of other words), as it is typed."""
-    processes = os.environ.get("LOCAL_WORLD_SIZE", "1")
-    launcher = ["torchrun", f"--nproc-per-node={processes}"] if WORLD_SIZE > 1 else ["python"]
-    return shlex.join([*launcher, *(words or sys.argv)])
+def find_run(args):
+    """Return the checkpoint that a run of these options goes on from, or None where it begins.
+    ValueError if the name is taken, without --resume or by other options, or its file is gone."""
+    checkpoint, history = (args.out / (args.name + suffix) for suffix in (".pt", ".json"))
+    if args.overwrite:
+        if RANK == 0:
+            history.unlink(missing_ok=True)  # no kill leaves files of two runs
+        return None
+    if not checkpoint.exists() and not history.exists():
+        return None
+    if not args.resume:
+        raise ValueError(
+            f"{args.out / args.name} exists: go on with it by --resume, replace it by --overwrite, "
+            "or give another --name"
+        )
+    if not checkpoint.exists():
+        raise ValueError(f"{checkpoint} is gone: --overwrite trains the run from its beginning")
+    saved = load_checkpoint(checkpoint)
+    refuse_other_options(saved["config"], vars(args), checkpoint)
+    return saved
 
 
-def say(text):
-    """Print, if this is the first process."""
-    if RANK == 0:
-        print(text, flush=True)
+def refuse_other_options(before, now, path):
+    """ValueError if two configs have other hyperparameters; it names them.
+    A run without a schedule may have more epochs: it is the same as far as it has come."""
+    before, now = hyperparameters(before), hyperparameters(now)
+    differ = [key for key in now if before.get(key) != now[key]]
+    longer = differ == ["epochs"] and now["epochs"] > before["epochs"]
+    if not differ or (longer and now["schedule"] == "none"):
+        return
+    differences = ", ".join(f"{key} {before.get(key)} (now {now[key]})" for key in differ)
+    reason = f"; its {now['schedule']} schedule depends on the number of epochs" if longer else ""
+    raise ValueError(
+        f"{path} was made with other options, {differences}{reason}: give those, another --name or "
+        "--out, or --overwrite"
+    )
+
+
+def is_finished(saved, args):
+    """Whether a checkpoint is of a run that has all its epochs; its history then says so, too."""
+    history, path = json.loads(saved["history"]), args.out / f"{args.name}.json"
+    if not history["finished"] or len(history["epochs"]) < args.epochs:
+        return False
+    with contextlib.suppress(OSError, ValueError):
+        if read_history(path)["finished"]:
+            return True
+    if RANK == 0:  # a kill came between the two files
+        write_history(path, history)
+    return True
 
 
 @contextlib.contextmanager
-def first_process_first():
-    """What the first process does here, the others do after it."""
-    if RANK > 0:
-        wait()
-    yield
-    if RANK == 0:
-        wait()
+def claim(out, name):
+    """Keep other processes from training a run of this name in this folder: ValueError if one does.
+    The claim ends with the process, however that ends; its file .NAME.lock stays."""
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / f".{name}.lock", "w") as lock:
+        try:
+            if fcntl:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"another process is training {out / name}") from error
+        except OSError as error:  # some file systems have no locks
+            reason = f"{error.strerror}: nothing keeps a second run of {name} out of {out}"
+            print(f"train.py: warning: {reason}", file=sys.stderr)
+        for part in out.glob(f"{glob.escape(name)}.pt.*.part"):  # what a killed run was writing
+            part.unlink()
+        yield
+
+
+def write_checkpoint(path, checkpoint):
+    """Save a dict of tensors and plain values. OSError as the disk says; what was there stays."""
+    try:
+        write_atomically(path, lambda file: torch.save({"format": FORMAT} | checkpoint, file))
+    except RuntimeError as error:  # so torch.save says that the file could not be written
+        reason = str(error.__context__ or error).partition("\n")[0]
+        raise OSError(f"{path}: {reason}") from error
+
+
+def load_checkpoint(path):
+    """Return what write_checkpoint saved, with `config`, `weights` and the rest. Nothing in it is
+    run, and every part has to match its checksum. OSError or ValueError say what is wrong."""
+    path = Path(path)
+    path.open("rb").close()  # missing or unreadable is told as that
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for entry in archive.infolist():  # PyTorch does not read what is marked as a folder
+                if entry.compress_type != zipfile.ZIP_STORED or entry.external_attr:
+                    raise ValueError(f"{entry.filename} in it is compressed or a folder")
+            if archive.testzip() is not None:
+                raise ValueError("it is damaged: a checksum does not match")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if checkpoint["format"] != FORMAT:
+            raise ValueError(f"its format is {checkpoint['format']!r}, now it is {FORMAT!r}")
+        tensors = checkpoint["weights"].values()
+        if sum(tensor.numel() * tensor.element_size() for tensor in tensors) > path.stat().st_size:
+            raise ValueError("its weights are larger than the file")
+    except Exception as error:  # a damaged file can make the readers raise nearly anything
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise ValueError(f"{path} is not a whole checkpoint of train.py ({reason})") from error
+    return checkpoint
+
+
+def load_model(path):
+    """Return the trained network in a checkpoint, in evaluation mode on the CPU."""
+    return rebuild(load_checkpoint(path), path)
+
+
+def rebuild(checkpoint, path):
+    """Return the model of a loaded checkpoint, in evaluation mode; ValueError if the two do not
+    fit."""
+    try:
+        config, weights = checkpoint["config"], checkpoint["weights"]
+        if 4 * len(config["arch"]) + 2 * config["fc"] > len(weights):  # tensors
+            raise ValueError("it has more layers than weights")
+        with torch.device("meta"):  # without memory, whatever the config says
+            model = build_model(config, len(CLASSES[config["dataset"]]))
+        model.load_state_dict(weights, assign=True)
+        model.requires_grad_(False).eval()(torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE))
+    except Exception as error:  # a config can hold anything
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise ValueError(f"{path}: its weights do not fit its options ({reason})") from error
+    return model
+
+
+def format_command(words):
+    """Return a command line of this process as it is typed."""
+    processes = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    torchrun = ["torchrun", "--standalone", f"--nproc-per-node={processes}"]
+    return shlex.join([*(torchrun if WORLD_SIZE > 1 else ["python"]), *words])
+
+
+def format_epoch(epoch, epochs):
+    """Return an epoch of the history as a line under HEADER."""
+    return (
+        f"{epoch['epoch']:>3}/{epochs:<3} {epoch['lr']:>9.6f}"
+        f"  {epoch['train_loss']:>10.4f}  {epoch['train_accuracy']:>6.2f}"
+        f"  {epoch['val_loss']:>10.4f}  {epoch['val_accuracy']:>6.2f}"
+        f"  {format_seconds(epoch['seconds']):>7}  {epoch['images_per_second']:>8,.0f}"
+    )
+
+
+def format_seconds(seconds):
+    """Return seconds as 4.2s, 3m20s or 2h05m."""
+    minutes, rest = divmod(round(seconds), 60)
+    if not minutes:
+        return f"{seconds:.1f}s" if seconds < 10 else f"{rest}s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{rest:02}s"
 
 
 class Progress:

@@ -15,9 +15,8 @@ import torchvision
 import data
 import evaluate
 import train
-from checkpoint import load_checkpoint
 from history import read_history
-from run import Run
+from run import Run, load_checkpoint
 
 ROOT = Path(__file__).parent.parent
 CIFAR10 = ROOT / "data"
@@ -96,10 +95,10 @@ def stop(run, monkeypatch):
     def run_and_stop(batches, *options, kind=signal.SIGTERM):
         save_or_stop, numbers = Run._save_or_stop, count(1)
 
-        def signal_or_not(self):
+        def signal_or_not(self, device):
             if next(numbers) == batches:
                 self._on_signal(kind, None)
-            save_or_stop(self)
+            save_or_stop(self, device)
 
         with monkeypatch.context() as changes:
             changes.setattr(Run, "_save_or_stop", signal_or_not)
@@ -140,7 +139,7 @@ def ending(folder):
 def history():
     """A finished run of three epochs."""
     return {
-        "name": "row4", "reported": 61.0, "parameters": 8360, "finished": True,
+        "name": "row4", "reported": [61.0], "parameters": 8360, "finished": True,
         "config": {"arch": [16, 8, 4], "k": 3, "fc": 1, "seed": 0, "epochs": 3, "gate": "softmax"},
         "epochs": [
             {"epoch": number, "lr": 0.001, "seconds": 2.0, "images_per_second": 1000.0,

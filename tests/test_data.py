@@ -2,7 +2,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import CIFAR10, needs_cifar10
-from torch.utils.data import TensorDataset
 
 import data
 
@@ -11,28 +10,28 @@ def numbered(count):
     """Images whose every pixel is the image's number, labelled by it modulo 10."""
     numbers = torch.arange(count, dtype=torch.uint8)
     images = numbers.view(-1, 1, 1, 1).expand(-1, 3, 32, 32).clone()
-    return TensorDataset(images, numbers.long() % 10)
+    return data.Dataset(images, numbers.long() % 10, "cifar10")
 
 
 def order(dataset, **options):
     """The numbers of `numbered` images as batches yields them, batch by batch."""
     mean, std = (torch.tensor(values) for values in data.NORMALISATION["cifar10"])
-    batches = data.batches(dataset, "cifar10", 16, **options)
+    batches = dataset.batches(16, **options)
     return [((x[:, 0, 0, 0] * std[0] + mean[0]) * 255).round().int().tolist() for x, _ in batches]
 
 
 @needs_cifar10
 def test_cifar10_is_split_by_its_train_flag():
     train, test = data.load("cifar10", CIFAR10), data.load("cifar10", CIFAR10, train=False)
-    assert train.tensors[0].shape == (50_000, 3, 32, 32)
-    assert test.tensors[0].shape == (10_000, 3, 32, 32)
-    assert train.tensors[0].dtype == torch.uint8
-    assert train.tensors[1].bincount().tolist() == [5_000] * 10
+    assert train.images.shape == (50_000, 3, 32, 32)
+    assert test.images.shape == (10_000, 3, 32, 32)
+    assert train.images.dtype == torch.uint8
+    assert train.labels.bincount().tolist() == [5_000] * 10
 
 
 @pytest.mark.parametrize("dataset", ["shapes", pytest.param("cifar10", marks=needs_cifar10)])
 def test_the_normalisation_is_that_of_the_training_images(dataset):
-    colours = data.load(dataset, CIFAR10).tensors[0].transpose(0, 1).flatten(1)
+    colours = data.load(dataset, CIFAR10).images.transpose(0, 1).flatten(1)
     for statistic, expected in zip((torch.mean, torch.std), data.NORMALISATION[dataset]):
         values = [(statistic(colour.float()) / 255).item() for colour in colours]
         assert values == pytest.approx(expected, abs=1e-4, rel=0)
@@ -40,26 +39,26 @@ def test_the_normalisation_is_that_of_the_training_images(dataset):
 
 def test_shapes_are_the_same_every_time_and_the_test_images_are_others():
     train, test = data.load("shapes"), data.load("shapes", train=False)
-    assert torch.equal(train.tensors[0][:100], data.draw_shapes.__wrapped__(10_000, 0)[:100][0])
-    assert not torch.equal(train.tensors[0][:100], test.tensors[0][:100])
-    assert train.tensors[1].bincount(minlength=10).min() > 900
+    assert torch.equal(train.images[:100], data.draw_shapes.__wrapped__(10_000, 0).images[:100])
+    assert not torch.equal(train.images[:100], test.images[:100])
+    assert train.labels.bincount(minlength=10).min() > 900
 
 
 def test_a_linear_classifier_learns_little_of_shapes():
-    ((images, labels),) = data.batches(data.load("shapes"), "shapes", 10_000)
+    ((images, labels),) = data.load("shapes").batches(10_000)
     x, targets = images.flatten(1), F.one_hot(labels).float()
     linear = torch.linalg.solve(x.T @ x + 1e3 * torch.eye(3 * 32 * 32), x.T @ targets)
-    ((images, labels),) = data.batches(data.load("shapes", train=False), "shapes", 1_000)
+    ((images, labels),) = data.load("shapes", train=False).batches(1_000)
     accuracy = ((images.flatten(1) @ linear).argmax(1) == labels).float().mean()
     assert 0.05 < accuracy < 0.3
 
 
 def test_hold_out_takes_the_same_number_of_every_class_and_leaves_the_rest():
     train, held = data.hold_out(numbered(200), 50)
-    assert held.tensors[1].bincount().tolist() == [5] * 10
-    numbers = torch.cat([train.tensors[0], held.tensors[0]])[:, 0, 0, 0]
+    assert held.labels.bincount().tolist() == [5] * 10
+    numbers = torch.cat([train.images, held.images])[:, 0, 0, 0]
     assert sorted(numbers.tolist()) == list(range(200))
-    assert torch.equal(held.tensors[0], data.hold_out(numbered(200), 50)[1].tensors[0])
+    assert torch.equal(held.images, data.hold_out(numbered(200), 50)[1].images)
 
 
 @pytest.mark.parametrize("count", [5, 200, 1000])
@@ -70,13 +69,13 @@ def test_hold_out_refuses_what_classes_cannot_share(count):
 
 def test_batches_are_normalised_and_in_order_without_a_seed():
     dataset = numbered(40)
-    batches = list(data.batches(dataset, "cifar10", 16))
+    batches = list(dataset.batches(16))
     assert [len(labels) for _, labels in batches] == [16, 16, 8]
     images, labels = map(torch.cat, zip(*batches))
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in data.NORMALISATION["cifar10"])
-    expected = (dataset.tensors[0] / 255 - mean) / std
+    expected = (dataset.images / 255 - mean) / std
     torch.testing.assert_close(images, expected, atol=1e-5, rtol=1e-5)
-    assert torch.equal(labels, dataset.tensors[1])
+    assert torch.equal(labels, dataset.labels)
 
 
 def test_every_epoch_shuffles_all_images_afresh_from_the_seed():
@@ -90,8 +89,8 @@ def test_every_epoch_shuffles_all_images_afresh_from_the_seed():
 def test_batches_from_a_start_are_the_later_ones_of_the_epoch():
     options = {"seed": 3, "epoch": 5, "augment": ("crop", "flip")}
     dataset = data.draw_shapes(40, seed=0)
-    every = list(data.batches(dataset, "shapes", 16, **options))
-    later = list(data.batches(dataset, "shapes", 16, start=1, **options))
+    every = list(dataset.batches(16, **options))
+    later = list(dataset.batches(16, start=1, **options))
     assert len(later) == 2
     torch.testing.assert_close(later, every[1:], rtol=0, atol=0)
 

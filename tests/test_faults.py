@@ -15,8 +15,8 @@ from conftest import TINY, ended, ending, execute, files
 import data
 import run as run_module
 import train
-from checkpoint import claim, load_checkpoint
 from history import read_history
+from run import claim, load_checkpoint
 
 OPTIONS = [*TINY, *"--name run --limit 120 --batch-size 8 --epochs 3 --augment crop flip".split()]
 
@@ -79,8 +79,8 @@ def test_a_killed_run_goes_on_to_the_same_end(whole, tmp_path, number):
     killed(start(tmp_path, "--resume"), chance.uniform(0.1, 0.9) * seconds, kind)
     if (tmp_path / "run.json").exists():
         read_history(tmp_path / "run.json")  # whole, whenever the process died
-    if (tmp_path / "run.state.pt").exists():
-        load_checkpoint(tmp_path / "run.state.pt")
+    if (tmp_path / "run.pt").exists():
+        load_checkpoint(tmp_path / "run.pt")
     assert finish(start(tmp_path, "--resume")) == 0
     assert ending(tmp_path) == expected
 
@@ -95,29 +95,48 @@ def test_a_signal_saves_the_state_and_says_how_to_go_on(whole, tmp_path, kind, c
     (line,) = (tmp_path / "stderr").read_text().splitlines()
     assert line.startswith(f"train.py: {kind.name}: go on with python ")
     assert line.endswith("--resume")
-    assert (tmp_path / "run.state.pt").exists()
+    assert "state" in load_checkpoint(tmp_path / "run.pt")
     assert finish(start(tmp_path, "--resume")) == 0
     assert ending(tmp_path) == whole[0]
 
 
-def test_a_disk_too_full_for_checkpoints_does_not_stop_a_run_before_its_end(whole, tmp_path):
-    assert finish(start(tmp_path, file_size=16_000)) == 1
-    *warnings, last = (tmp_path / "stderr").read_text().splitlines()
+def test_a_disk_too_full_for_what_resuming_needs_does_not_stop_a_run(whole, tmp_path):
+    assert finish(start(tmp_path, file_size=50_000)) == 0  # enough for the weights
+    warnings = (tmp_path / "stderr").read_text().splitlines()
     assert warnings and all("warning: the state is not saved" in line for line in warnings)
-    assert last.startswith("train.py: no weights written")
-    history = read_history(tmp_path / "run.json")
-    assert len(history["epochs"]) == 3 and not history["finished"]
-    assert set(files(tmp_path)) == {"run.json", "stderr"}
-    assert finish(start(tmp_path, "--resume")) == 0
     assert ending(tmp_path) == whole[0]
+
+
+def test_a_disk_too_full_for_the_weights_at_the_end_lets_a_run_go_on_later(run, stop, tmp_path):
+    whole = ending(tmp_path) if run() else None
+    write = run_module.write_checkpoint
+
+    def refuse_the_last(path, checkpoint):
+        if "state" not in checkpoint:
+            raise OSError("disk full")
+        write(path, checkpoint)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_module, "write_checkpoint", refuse_the_last)
+        assert ended(run, "--overwrite") == 1
+    assert len(read_history(tmp_path / "run.json")["epochs"]) == 2
+    run("--resume")
+    assert ending(tmp_path) == whole
 
 
 def test_a_disk_too_full_for_the_history_stops_a_run_and_the_last_one_stays(whole, tmp_path):
-    assert finish(start(tmp_path, "--epochs", "60", file_size=6_000, save_seconds=1000)) == 1
+    assert finish(start(tmp_path, "--epochs", "200", file_size=50_000, save_seconds=1000)) == 1
     (line,) = (tmp_path / "stderr").read_text().splitlines()
     assert line == f"train.py: error: [Errno 27] File too large: '{tmp_path / 'run.json'}'"
     assert len(read_history(tmp_path / "run.json")["epochs"]) >= 1
-    assert set(files(tmp_path)) == {"run.json", "stderr"}
+    assert set(files(tmp_path)) == {"run.json", "run.pt", "stderr"}
+
+
+def test_a_disk_that_is_full_from_the_start_lets_no_run_begin(tmp_path):
+    assert finish(start(tmp_path, file_size=6_000)) == 1
+    (line,) = (tmp_path / "stderr").read_text().splitlines()
+    assert line.startswith("train.py: error: ") and "run.pt" in line
+    assert set(files(tmp_path)) == {"stderr"}
 
 
 def test_a_run_needs_no_stderr(tmp_path):
@@ -157,8 +176,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_at_its_batch(run, tmp_path, mon
     assert line.startswith("train.py: the loss is ")
     assert "at epoch 1, batch " in line and "learning rate 1e+30" in line
     assert read_history(tmp_path / "run.json")["finished"] is False
-    if (tmp_path / "run.state.pt").exists():
-        saved = load_checkpoint(tmp_path / "run.state.pt")["weights"]
+    if (tmp_path / "run.pt").exists():
+        saved = load_checkpoint(tmp_path / "run.pt")["weights"]
         assert all(tensor.isfinite().all() for tensor in saved.values())
 
 

@@ -7,11 +7,11 @@ from unittest.mock import Mock
 import pytest
 from conftest import RECIPE, ended, ending, files, without_times
 
+import evaluate
 import train
-from checkpoint import load_checkpoint
 from fast import MIXES
-from history import read_history, write_history
-from run import Run
+from history import read_history
+from run import Run, load_checkpoint
 
 
 def draw_options(number):
@@ -24,7 +24,7 @@ def draw_options(number):
     options += ["--init", pick(["he", "default"]), "--mix", pick(MIXES)]
     options += ["--batch-size", batch_size := pick(["7", "32", "100"])]
     options += ["--holdout", pick(["0", "500"])]
-    options += ["--schedule", pick(["cosine", "onecycle", "none"]), "--seed", pick("019")]
+    options += ["--schedule", pick(["cosine", "onecycle", "none"])]
     options += ["--precision", pick(["float32", "bfloat16"]), "--dropout", pick(["0", "0.5"])]
     sgd = "--optimizer sgd --lr 0.05 --momentum 0.9 --nesterov"
     options.append(pick(["", "--optimizer adam", sgd]))
@@ -49,10 +49,11 @@ def test_an_interrupted_run_goes_on_to_the_same_end(run, stop, tmp_path, options
     run(options)
     whole = ending(tmp_path)
     assert stop(batches, options, "--overwrite") == 128 + 15
-    assert (tmp_path / "run.state.pt").exists()
+    assert "state" in load_checkpoint(tmp_path / "run.pt")
     resumed = run(options, "--resume")
     assert ending(tmp_path) == whole
-    assert (tmp_path / "run.state.pt").exists() == (resumed["config"]["schedule"] == "none")
+    longer = resumed["config"]["schedule"] == "none"  # may be asked for
+    assert ("state" in load_checkpoint(tmp_path / "run.pt")) == longer
 
 
 def test_a_signal_that_comes_while_processes_agree_is_not_lost(run, monkeypatch):
@@ -61,7 +62,7 @@ def test_a_signal_that_comes_while_processes_agree_is_not_lost(run, monkeypatch)
         handler(signal.SIGTERM, None)
         return number
 
-    monkeypatch.setattr("run.agree", agree_late)
+    monkeypatch.setattr("run.all_reduce_max", agree_late)
     assert ended(run) == 128 + 15
 
 
@@ -92,11 +93,9 @@ def test_a_run_without_a_schedule_can_be_given_more_epochs(run):
         ("", None, "--resume --dataset cifar10", "dataset shapes (now cifar10)"),
         ("", None, "--resume --epochs 3", "cosine schedule depends on the number of epochs"),
         ("", "run.pt", "--resume", "run.pt is gone"),
-        ("--schedule none", "run.state.pt", "--resume --epochs 3", "run.state.pt is gone"),
-        ("--schedule none", "run.json", "--resume --seed 7", "run.state.pt was made with other "
-         "options, seed 0 (now 7)"),
+        ("", "run.json", "--resume --lr 7", "run.pt was made with other options, lr 0.001 (now 7"),
     ],
-)  # fmt: skip
+)
 def test_what_is_there_of_a_run_is_never_lost(run, tmp_path, refused, begun, lost, now, message):
     run(begun)
     if lost:
@@ -106,32 +105,58 @@ def test_what_is_there_of_a_run_is_never_lost(run, tmp_path, refused, begun, los
     assert files(tmp_path) == before
 
 
-def test_a_state_without_its_history_is_gone_on_with(run, stop, tmp_path, monkeypatch):
+@pytest.mark.parametrize("lost", [True, False])
+def test_the_checkpoint_alone_is_enough_to_go_on(run, stop, tmp_path, monkeypatch, lost):
     whole = without_times(run())
     stop(11, "--overwrite")
-    (tmp_path / "run.json").unlink()
+    history = tmp_path / "run.json"
+    history.unlink() if lost else history.write_bytes(history.read_bytes()[:-20])
     validate = Mock(wraps=train.predict)
     monkeypatch.setattr(train, "predict", validate)
     assert without_times(run("--resume")) == whole
     assert validate.call_count == 1  # the first epoch is not repeated
 
 
-def test_options_that_do_not_change_the_result_may_differ(run, tmp_path):
+def test_options_that_do_not_change_the_result_may_differ(run, stop):
     whole = run("--device cpu")
-    (tmp_path / "run.pt").unlink()
-    write_history(tmp_path / "run.json", whole | {"finished": False})
+    stop(3, "--device cpu --overwrite")
     resumed = run("--resume --device auto --data-dir elsewhere --reported 50")
     assert without_times(resumed) == without_times(whole)
 
 
+def test_a_finished_run_whose_history_is_lost_gets_it_back(run, tmp_path):
+    whole = run()
+    (tmp_path / "run.json").unlink()
+    assert ended(run, "--resume") == 0
+    assert read_history(tmp_path / "run.json") == whole
+
+
+def test_an_unfinished_run_can_be_tested(run, stop, tmp_path, capsys):
+    run("--ema 0.9 --epochs 1")
+    evaluate.main([str(tmp_path / "run.pt")])
+    after_an_epoch = capsys.readouterr().out.splitlines()[-1]
+    stop(6, "--ema 0.9 --epochs 2 --overwrite --schedule none")
+    evaluate.main([str(tmp_path / "run.pt")])
+    output = capsys.readouterr()
+    assert output.out.splitlines()[-1].startswith("Final Model Test Accuracy: ")
+    assert after_an_epoch
+    assert "only printed" in output.err
+
+
 def test_a_resumed_run_keeps_the_environment_of_its_last_start(run, stop, tmp_path, monkeypatch):
     stop(2, "--reported 40")
-    monkeypatch.setattr(train, "environment", lambda *_: {"device": "another", "precision": "?"})
+    another = {"device": "another", "precision": "float32"}
+    monkeypatch.setattr(train, "environment", lambda *_: another)
     history = run("--resume --reported 50")
-    assert history["reported"] == 50
+    assert history["reported"] == [50]
     assert history["environment"]["device"] == "another"
     assert ended(run, "--resume") == 0
-    assert read_history(tmp_path / "run.json")["reported"] == 50  # not given, not lost
+    assert read_history(tmp_path / "run.json")["reported"] == [50]
+
+
+def test_a_reported_figure_that_is_not_given_again_is_not_lost(run, stop):
+    stop(2, "--reported 40 50")
+    assert run("--resume")["reported"] == [40, 50]
 
 
 def test_a_run_goes_on_in_the_precision_it_began_in(run, stop, tmp_path, monkeypatch):
@@ -158,27 +183,40 @@ def kill(run, monkeypatch):
 
 
 def test_a_run_that_was_killed_before_anything_was_saved_begins_again(run, kill, tmp_path):
-    kill("after_batch")
+    whole = without_times(run())
+    kill("log_batch", "--overwrite")
     assert read_history(tmp_path / "run.json")["finished"] is False
-    assert run("--resume")["finished"] is True
+    assert without_times(run("--resume")) == whole
 
 
-def test_a_killed_overwrite_never_mixes_two_runs(run, kill, tmp_path):
-    run("--schedule none")
-    other = "--schedule none --seed 7"
-    kill("_write_history", other, "--overwrite")
-    assert set(files(tmp_path)) == {"run.json"}
-    assert "seed 0 (now 7)" in ended(run, other, "--resume")
+@pytest.mark.parametrize("method", ["_write_checkpoint", "_write_history"])
+def test_a_killed_overwrite_never_mixes_two_runs(run, kill, tmp_path, method):
+    run()
+    kill(method, "--lr 0.1 --overwrite")
+    assert set(files(tmp_path)) == {"run.pt"}
+    before, now = ("0.001", "0.1") if method == "_write_checkpoint" else ("0.1", "0.001")
+    other = "" if method == "_write_history" else "--lr 0.1"
+    assert f"lr {before} (now {now})" in ended(run, other, "--resume")
 
 
-def test_a_kill_at_the_very_end_repeats_nothing(run, kill, tmp_path):
-    kill("_remove")
-    assert read_history(tmp_path / "run.json")["finished"]
+def test_a_kill_at_the_very_end_repeats_nothing(run, tmp_path, monkeypatch):
+    whole, write = run(), Run._write_history
+
+    def die_at_the_end(self):
+        if self.history["finished"]:
+            raise RuntimeError("killed")
+        write(self)
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+        patch.setattr(Run, "_write_history", die_at_the_end)
+        run("--overwrite")
+    assert not read_history(tmp_path / "run.json")["finished"]
     assert ended(run, "--resume") == 0
+    assert without_times(read_history(tmp_path / "run.json")) == without_times(whole)
 
 
 def test_a_killed_runs_half_written_files_go_with_the_next_start(run, tmp_path):
-    for name in ("run.pt.123.part", "run.state.pt.123.part", "run.other.pt.123.part"):
+    for name in ("run.pt.123.part", "run.other.pt.123.part"):
         (tmp_path / name).touch()
     run()
     assert set(files(tmp_path)) == {"run.json", "run.other.pt.123.part", "run.pt"}
