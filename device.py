@@ -84,10 +84,9 @@ def find_commit():
     """Return the commit of these scripts as git describes it, or None."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:
-        result = subprocess.run(git, capture_output=True, encoding="utf-8", errors="replace")
-    except OSError:  # no git on this machine
+        return subprocess.run(git, capture_output=True, check=True).stdout.decode().strip()
+    except (OSError, subprocess.CalledProcessError, UnicodeDecodeError):  # no git, no repository
         return None
-    return result.stdout.strip() or None
 
 
 def print0(*text):

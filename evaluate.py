@@ -32,6 +32,16 @@ QUANTILES = (0, 0.25, 0.5, 0.75, 1)
 WRONG = 36  # misclassified images kept
 DRAWN = 50  # photos in one picture
 PHOTO = 256  # pixels, the longer side of a photo as it is drawn
+ORIENTATION = 0x0112  # EXIF's tag for how the camera was held, and what undoes it
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def evaluate(path, args):
@@ -91,13 +101,15 @@ def measure(model, batches, amp, classes, tta=False):
     """Return all test metrics that a history keeps of a model on a list of batches, with `tta` also
     the accuracy and the loss that test-time augmentation gives."""
     with keep_coefficients(model) as kept:
-        logits, labels = predict(model, batches, amp)
+        logits, labels = (tensor.cpu() for tensor in predict(model, batches, amp))
     metrics = measure_predictions(logits, labels, classes)
-    gates = {name: measure_gate(torch.cat(parts), labels, classes) for name, parts in kept.items()}
-    metrics["gates"] = [{"block": name} | gate for name, gate in gates.items()]
+    metrics["gates"] = [
+        {"block": name} | measure_gate(torch.cat(parts).cpu(), labels, classes)
+        for name, parts in kept.items()
+    ]
     block = model.backbone[0]
     kernels = block.convs.weight.unflatten(0, (block.gate_linear.out_features, -1)).cpu()
-    metrics["kernels"] = kernels.double().round(decimals=4).tolist()  # some devices have no double
+    metrics["kernels"] = kernels.double().round(decimals=4).tolist()
     if tta:
         logits = add_mirrored(logits, model, batches, amp)
         augmented = measure_predictions(logits, labels, classes)
@@ -184,9 +196,9 @@ def compute_percentages(logits):
 
 
 def add_mirrored(logits, model, batches, amp):
-    """Return the mean of logits (N, classes) and those of the mirrored images."""
-    mirrored = ((images.flip(3), labels) for images, labels in batches)
-    return (logits + predict(model, mirrored, amp)[0]) / 2
+    """Return the mean of logits (N, classes), on the CPU, and those of the mirrored images."""
+    mirrored = ((x.flip(3), labels) for x, labels in batches)
+    return (logits + predict(model, mirrored, amp)[0].cpu()) / 2
 
 
 def classify(path, args):
@@ -203,7 +215,7 @@ def classify(path, args):
         small = np.array(ImageOps.fit(photo, (IMAGE_SIZE, IMAGE_SIZE)))  # the middle, bicubic
         x = normalise(torch.from_numpy(small).permute(2, 0, 1)[None].to(device), dataset)
         batches = [(x, torch.zeros(1))]
-        logits, _ = predict(model, batches, amp)
+        logits = predict(model, batches, amp)[0].cpu()
         if args.tta:
             logits = add_mirrored(logits, model, batches, amp)
         percentages = compute_percentages(logits)[0].tolist()
@@ -229,7 +241,9 @@ def read_photo(path):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PIL refuses what is twice as large as it warns of
             with Image.open(path) as image:
-                image = turn_upright(image)
+                image.load()
+                with contextlib.suppress(Exception):  # what cannot be read is used as it lies
+                    image = image.transpose(TURNS[image.getexif()[ORIENTATION]])
         if image.mode.startswith(("I", "F")):  # more than 8 bits a pixel, which PIL would clip
             image = scale(np.asarray(image))
         white = Image.new("RGBA", image.size, "white")
@@ -242,25 +256,17 @@ def read_photo(path):
         raise ValueError(f"{path}: not there, or not a whole image ({reason})") from error
 
 
-def turn_upright(image):
-    """Return a PIL image as its orientation says, or as it lies if that cannot be read."""
-    image.load()
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:  # another tag may be damaged
-        return image
-
-
 def scale(pixels):
-    """Return grey pixels of 16 or 32 bits as a PIL image, scaled by the range of their type, or by
-    their own where the type has none that is used."""
-    if pixels.dtype == np.uint16:
-        return Image.fromarray((pixels // 256).astype(np.uint8))
-    low, high = pixels.min(), pixels.max()
+    """Return grey pixels (H, W) of 16 or 32 bits as a PIL image of 8: scaled from the smallest of
+    the usual ranges of their type that holds them, or from their own."""
+    low, high = float(pixels.min()), float(pixels.max())
     if not np.isfinite(high - low):
         raise ValueError("a pixel is NaN or infinite")
+    usual = {"u": (65535,), "i": (255, 65535), "f": (1, 255, 65535)}[pixels.dtype.kind]
+    if low >= 0 and high <= usual[-1]:
+        low, high = 0, min(top for top in usual if high <= top)
     share = (pixels.astype(float) - low) / (high - low or 1)
-    return Image.fromarray((255 * share).round().astype(np.uint8))
+    return Image.fromarray((255 * share).astype(np.uint8))
 
 
 def parse_args(argv=None):

@@ -174,7 +174,7 @@ class Pool(nn.Module):
 
     def forward(self, x):
         slow = x.is_cpu and x.dtype == torch.bfloat16 and not is_channels_last(x)
-        if slow and ONEDNN_HAS_BFLOAT16:
+        if slow and ONEDNN_HAS_BFLOAT16 and not torch.compiler.is_compiling():
             return self.pool(x.to_mkldnn(), self.size, self.size).to_dense(x.dtype)
         return self.pool(x, self.size)
 

@@ -61,7 +61,7 @@ class Run:
         how many an epoch has, `info` what the history is to say of the run. `parts` have a
         state_dict: model, optimizer, scheduler, and ema, which may be None."""
         self.args, self.parts = args, {name: part for name, part in parts.items() if part}
-        self.config = vars(args) | {"out": str(args.out), "data_dir": str(args.data_dir)}
+        self.config = vars(args) | {"out": str(args.out), "data_dir": str(args.data_dir.absolute())}
         size = args.batch_size
         self.batch_sizes = [min(size, images - first) for first in range(0, images, size)]
         self.signal, self.save_seconds = 0, SAVE_SECONDS

@@ -259,3 +259,10 @@ def test_a_truncated_cifar10_batch_is_named(tmp_path, refused):
     (batches / "data_batch_3").write_bytes((batches / "data_batch_3").read_bytes()[:-1])
     options = ["--dataset", "cifar10", "--data-dir", str(tmp_path)]
     assert "data_batch_3 is missing or damaged" in refused(train.main, [*TINY, *options])
+
+
+def test_a_damaged_archive_of_cifar10_is_named(tmp_path, refused):
+    (tmp_path / "cifar-10-python.tar.gz").write_bytes(b"half of it")
+    options = ["--dataset", "cifar10", "--data-dir", str(tmp_path)]
+    line = refused(train.main, [*TINY, *options])
+    assert f"{tmp_path / 'cifar-10-python.tar.gz'} is damaged" in line

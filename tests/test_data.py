@@ -1,3 +1,6 @@
+import warnings
+from unittest.mock import Mock
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -128,3 +131,15 @@ def test_a_flip_mirrors_half_of_the_images():
     mirrored = (flipped == images.flip(3)).flatten(1).all(1)
     assert torch.equal(flipped[~mirrored], images[~mirrored])
     assert 110 < mirrored.sum() < 190
+
+
+def test_a_warning_of_torchvision_is_not_the_users_concern(monkeypatch, tmp_path):
+    def warn(*arguments, **options):
+        warnings.warn("align should be passed as Python or NumPy boolean", stacklevel=1)
+
+    monkeypatch.setattr(
+        data.torchvision.datasets, "CIFAR10", Mock(side_effect=warn, filename="x", base_folder="y")
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        data._read_cifar10.__wrapped__(tmp_path, True)

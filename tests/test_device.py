@@ -121,3 +121,18 @@ def test_a_process_without_images_has_no_loss_and_no_gradient(precision):
     loss.backward()
     assert loss.item() == 0
     assert all(weights.grad.abs().max() == 0 for weights in model.parameters())
+
+
+@pytest.mark.parametrize("size, rank", [(None, 0), ("1", 0), ("2", 1)])
+def test_a_rank_means_something_only_among_several_processes(size, rank):
+    environment = {"RANK": "1", "LOCAL_RANK": "1"} | ({"WORLD_SIZE": size} if size else {})
+    code = "import device; print(device.RANK, device.LOCAL_RANK)"
+    assert execute(sys.executable, "-c", code, **environment).stdout == f"{rank} {rank}\n"
+
+
+def test_what_git_prints_need_not_be_utf_8(monkeypatch, tmp_path):
+    git = tmp_path / "git"
+    git.write_bytes(b"#!/bin/sh\nprintf 'fatal: \\351' >&2; printf '\\351'; exit 128\n")
+    git.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    assert device.find_commit() is None

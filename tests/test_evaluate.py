@@ -2,6 +2,8 @@ import contextlib
 import io
 import os
 import shutil
+import struct
+from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -17,7 +19,7 @@ import evaluate
 import train
 from history import read_history, write_history
 from model import build_model
-from run import load_model
+from run import load_checkpoint, load_model, write_checkpoint
 
 RED, BLUE = (Image.new("RGB", (40, 30), colour) for colour in ("red", "blue"))
 SHAPE = data.draw_shapes(1, seed=0)
@@ -187,11 +189,83 @@ def test_photos_of_every_kind_are_read(tmp_path, name, photo, options, colour):
     assert read.getpixel((photo.width // 2, photo.height // 2)) == ImageColor.getrgb(colour)
 
 
-def test_photos_are_turned_upright(tmp_path):
+@pytest.mark.parametrize("pixels", [
+    np.arange(256, dtype=np.int32), np.arange(256, dtype=np.int32) * 257,
+    (np.arange(256) * 257).astype(np.uint16), np.linspace(0, 1, 256, dtype=np.float32),
+    np.arange(256, dtype=np.float32), np.linspace(-7, 9e6, 256, dtype=np.float32),
+])  # fmt: skip
+def test_grey_photos_of_many_bits_keep_their_gradient(tmp_path, pixels):
+    Image.fromarray(np.tile(pixels, (3, 1))).save(tmp_path / "grey.tif")
+    read = np.asarray(evaluate.read_photo(tmp_path / "grey.tif"))
+    assert np.abs(read[1, :, 0].astype(int) - np.arange(256)).max() <= 1
+
+
+def test_a_grey_photo_of_nan_is_refused(tmp_path):
+    Image.fromarray(np.full((5, 5), np.nan, np.float32)).save(tmp_path / "nan.tif")
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        evaluate.read_photo(tmp_path / "nan.tif")
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_photos_are_turned_upright_as_pil_does(tmp_path, orientation):
     exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was held on its side
+    exif[0x0112] = orientation
+    PHOTO.save(tmp_path / "side.png", exif=exif)
+    with Image.open(tmp_path / "side.png") as image:
+        expected = ImageOps.exif_transpose(image)
+    read = evaluate.read_photo(tmp_path / "side.png")
+    assert np.array_equal(np.asarray(read), np.asarray(expected))
+
+
+@pytest.mark.parametrize("tag", [0x011A, 0x0213])  # XResolution, YCbCrPositioning
+def test_another_damaged_tag_does_not_matter(tmp_path, tag):
+    sideways, text = (0x0112, 3, 1, struct.pack("<HH", 6, 0)), (tag, 2, 4, b"abc\0")
+    entries = [struct.pack("<HHI", *entry[:3]) + entry[3] for entry in sorted([sideways, text])]
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + b"".join(entries) + bytes(4)
     RED.save(tmp_path / "side.jpg", exif=exif)
     assert evaluate.read_photo(tmp_path / "side.jpg").size == (30, 40)
+
+
+def test_a_photo_of_a_hundred_million_pixels_is_read(tmp_path):
+    Image.new("1", (12_000, 9_000)).save(tmp_path / "large.png")
+    assert evaluate.read_photo(tmp_path / "large.png").size == (12_000, 9_000)
+
+
+def test_the_data_set_is_looked_for_where_it_was_for_training(tmp_path, monkeypatch):
+    def find(*options):
+        args = evaluate.parse_args(["run.pt", *options])
+        return Path(evaluate.find_data({"data_dir": str(tmp_path / "a" / "data")}, args))
+
+    assert find() == Path("data")  # that machine's folder is not here
+    (tmp_path / "a" / "data").mkdir(parents=True)
+    assert find() == tmp_path / "a" / "data"
+    assert find("--data-dir", "elsewhere") == Path("elsewhere")
+    monkeypatch.chdir(tmp_path)
+    options = ["--data-dir", "a/data", "--out", str(tmp_path), "--name", "run"]
+    train.main([*TINY, *options])
+    kept = read_history(tmp_path / "run.json")["config"]["data_dir"]
+    assert kept == str(tmp_path / "a" / "data")
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "cpu"])
+def test_the_device_is_that_of_training_where_it_works(checkpoint, device):
+    saved = load_checkpoint(checkpoint)
+    saved["config"]["device"] = device
+    write_checkpoint(checkpoint, saved)
+    _, _, chosen, _ = evaluate.open_checkpoint(checkpoint, evaluate.parse_args(["run.pt"]))
+    assert chosen.type == "cpu"
+    refused = evaluate.parse_args(["run.pt", "--device", "cuda:99"])
+    with pytest.raises(ValueError, match="--device cuda:99 does not work here"):
+        evaluate.open_checkpoint(checkpoint, refused)
+
+
+def test_several_checkpoints_are_tested_and_a_bad_one_does_not_stop_the_others(checkpoint, capsys):
+    bad = checkpoint.with_name("bad.pt")
+    bad.write_text("text")
+    assert ended(evaluate.main, [str(bad), str(checkpoint)]) == 1
+    output = capsys.readouterr()
+    assert output.out.count("Final Model Test Accuracy") == 1
+    assert f"evaluate.py: error: {bad}" in output.err
 
 
 def test_photos_are_classified_without_a_data_set(checkpoint, tmp_path, capsys, monkeypatch):

@@ -1,3 +1,4 @@
+import errno
 import multiprocessing
 import os
 import random
@@ -186,3 +187,12 @@ def test_a_validation_loss_that_is_not_finite_stops_the_run(run, tmp_path, capsy
     assert ended(run, one_step) == 1
     assert "the validation loss is nan after epoch 1" in capsys.readouterr().err
     assert read_history(tmp_path / "run.json")["epochs"] == []
+
+
+def test_a_file_system_without_locks_is_a_warning(run, monkeypatch, capsys, tmp_path):
+    error = OSError(errno.ENOSYS, "Function not implemented")
+    monkeypatch.setattr(run_module.fcntl, "flock", Mock(side_effect=error))
+    assert run()["finished"]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("train.py: warning: Function not implemented")
+    assert str(tmp_path) in line

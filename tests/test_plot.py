@@ -326,3 +326,10 @@ def test_seeds_are_compared_by_the_same_images(history, tested):
 def test_the_readme_has_the_table_that_the_results_give():
     paths = sorted(ROOT.glob("results/rows/*"))
     assert tabulate(group(map(read_history, paths))) in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("script", ["plot.py", "evaluate.py"])
+def test_the_backend_of_a_notebook_does_not_matter(script):
+    backend = {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+    result = execute(sys.executable, script, "--help", **backend)
+    assert result.returncode == 0, result.stderr

@@ -1,3 +1,4 @@
+import functools
 import io
 import math
 
@@ -8,9 +9,13 @@ from torch.optim import SGD, Adam, AdamW
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.optim.swa_utils import AveragedModel
 
+import bench
 import data
+import evaluate
+import plot
+import train
 from history import read_history
-from run import Progress, format_seconds, load_checkpoint
+from run import Progress, Run, format_seconds, load_checkpoint
 from train import make_model, make_optimizer, parse_args
 
 CPU = torch.device("cpu")
@@ -220,3 +225,55 @@ def test_durations_are_readable():
 def test_a_name_is_made_from_the_options():
     name = parse_args("--arch 16 8 --fc 1 --augment crop flip --device cpu".split()).name
     assert name == "cifar10-16-8-k3-augment-crop-flip-fc-1"
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_compiled_network_has_the_losses_of_the_others(run, monkeypatch, precision):
+    options = f"--arch 8 8 --norm batch --downsample --precision {precision}"
+    plain = run(options)["batch_losses"]
+    # All of torch.compile but the compiler, which takes half a minute.
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    compiled = run(options, "--compile --overwrite")["batch_losses"]
+    assert compiled == pytest.approx(plain, rel=1e-4)
+
+
+def test_options_that_are_paths_know_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    args = parse_args(["--out=~/runs", "--data-dir=~/cifar"])
+    assert (str(args.out), str(args.data_dir)) == ("/home/me/runs", "/home/me/cifar")
+    args = evaluate.parse_args(["~/x.pt", "--data-dir=~/cifar", "--image=~/cat.jpg"])
+    paths = [*args.checkpoints, args.data_dir, *args.image]
+    assert [str(path) for path in paths] == [f"/home/me/{n}" for n in ("x.pt", "cifar", "cat.jpg")]
+    args = plot.parse_args(["~/x.json", "--out=~/pictures"])
+    assert [str(path) for path in (*args.histories, args.out)] == [
+        "/home/me/x.json",
+        "/home/me/pictures",
+    ]
+    assert str(bench.parse_args(["--json=~/cpu.json"]).json) == "/home/me/cpu.json"
+
+
+@pytest.mark.parametrize("kind", ["RMSprop", "NAdam", "Adagrad"])
+def test_any_of_pytorchs_optimisers_can_be_added(kind, monkeypatch):
+    monkeypatch.setitem(train.OPTIMIZERS, "another", getattr(torch.optim, kind))
+    args = tiny("--optimizer another --weight-decay 0.1")
+    optimizer = make_optimizer(make_model(args, 10, CPU, "float32"), args)
+    assert type(optimizer).__name__ == kind
+    assert optimizer.defaults["weight_decay"] == 0.1
+
+
+def test_a_further_metric_of_batches_goes_into_the_history(run, monkeypatch):
+    log_batch = Run.log_batch
+
+    def log_one_more(self, epoch, step, lr, loss, correct):
+        log_batch(self, epoch, step, lr, loss, correct, place=torch.tensor(float(step)))
+
+    monkeypatch.setattr(Run, "log_batch", log_one_more)
+    steps = (32 * 0 + 32 * 1 + 32 * 2 + 4 * 3) / 100
+    assert [epoch["train_place"] for epoch in run()["epochs"]] == pytest.approx([steps] * 2)
+
+
+def test_a_network_has_as_many_outputs_as_its_data_set_has_classes(run, tmp_path, monkeypatch):
+    monkeypatch.setitem(data.CLASSES, "shapes", [*data.CLASSES["shapes"], "heart", "moon"])
+    run("--fc 1 --holdout 0")
+    assert weights(tmp_path)["classifier.2.bias"].shape == (12,)
+    assert len(evaluate_in(tmp_path)["confusion"]) == 12
