@@ -174,48 +174,61 @@ def _words(value):
     """Return an option's value in words."""
     if isinstance(value, list):
         return " ".join(map(str, value)) or "none"
-    return {True: "yes", False: "no", None: "default"}.get(value, str(value))
+    words = {"True": "yes", "False": "no", "None": "default"}
+    return words.get(str(value), str(value))
 
 
 def draw_run(row, title=None):
-    """A Figure of a row, one run or several seeds: loss and accuracy per epoch, loss per batch."""
+    """Return a Figure of a row, one run or several seeds: each metric per epoch, loss per batch."""
     batch_losses = [run["batch_losses"] for run in row if run["batch_losses"]]
     seeds = f", mean and range of {len(row)} seeds" if len(row) > 1 else ""
-    title = title or name_row(row) + seeds
-    figure = start_figure(title + note_unfinished(row), 5.4 if batch_losses else 3)
-    batch_panel = [["batches", "batches"]] if batch_losses else []
-    axes = figure.subplot_mosaic([["loss", "accuracy"], *batch_panel])
-    draw_epochs(axes["loss"], row, "loss", "loss")
-    draw_epochs(axes["accuracy"], row, "accuracy", "accuracy (%)")
+    title = (title or name_row(row) + seeds) + note_unfinished(row)
+    names = list_metrics(row)
+    places = [[name, names[min(i + 1, len(names) - 1)]] for i, name in enumerate(names)][::2]
+    places += [["batches", "batches"]] if batch_losses else []
+    figure = start_figure(title, 0.3 + 2.6 * len(places))
+    axes = figure.subplot_mosaic(places)
+    for name in names:
+        draw_epochs(axes[name], row, name)
     if batch_losses:
         draw_batches(axes["batches"], batch_losses)
     return figure
 
 
-def draw_epochs(axes, row, quantity, label):
-    """Training and validation of a quantity over the epochs, grey where the two part company."""
-    train = draw_metric(axes, row, f"train_{quantity}", "o-", BLUE, "training")
-    val = draw_metric(axes, row, f"val_{quantity}", "s--", ORANGE, "validation")
-    epochs = np.arange(1, len(train) + 1)
-    if len(epochs):
-        axes.fill_between(epochs, train, val, color="black", alpha=0.1, linewidth=0, label="gap")
-        above = train[-1] >= val[-1]  # so that the two numbers do not overlap
-        for last, colour, upper in ((train[-1], BLUE, above), (val[-1], ORANGE, not above)):
-            where = {"xytext": (6, 0), "textcoords": "offset points"}
-            va = "bottom" if upper else "top"
-            axes.annotate(
-                f"{last:.2f}", (epochs[-1], last), **where, color=colour, va=va, fontsize=8
-            )
+def list_metrics(row):
+    """Return the metrics of training or validation that the epochs of a row have."""
+    keys = row[0]["epochs"][0] if row[0]["epochs"] else ()
+    parts = (key.partition("_") for key in keys)
+    names = ["loss", "accuracy", *(name for part, _, name in parts if part in ("train", "val"))]
+    return list(dict.fromkeys(names))
+
+
+def draw_epochs(axes, row, name):
+    """Draw a metric of training and validation over the epochs, grey between the two."""
+    ends = []
+    for part, line, colour in (("train", "o-", BLUE), ("val", "s--", ORANGE)):
+        if all(f"{part}_{name}" in epoch for run in row for epoch in run["epochs"]):
+            label = {"train": "training", "val": "validation"}[part]
+            ends.append((draw_metric(axes, row, f"{part}_{name}", line, colour, label), colour))
+    if any(run["epochs"] for run in row):
+        if len(ends) == 2:
+            (train, _), (val, _) = ends
+            epochs, faint = np.arange(1, len(train) + 1), {"alpha": 0.1, "linewidth": 0}
+            axes.fill_between(epochs, train, val, color="black", label="gap", **faint)
+        ends.sort(key=lambda end: end[0][-1])  # so that the two numbers do not overlap
+        for (means, colour), va in zip(ends, ("top", "bottom")):
+            text, where = f"{means[-1]:.2f}", {"xytext": (6, 0), "textcoords": "offset points"}
+            axes.annotate(text, (len(means), means[-1]), **where, color=colour, va=va, fontsize=8)
         axes.legend(frameon=False, fontsize=8)
         axes.margins(y=0.12)  # for the numbers
     else:
         axes.text(0.5, 0.5, "no epoch yet", ha="center", transform=axes.transAxes)
         axes.set(xticks=[], yticks=[])
-    style(axes, "epoch", label)
+    style(axes, "epoch", "accuracy (%)" if name == "accuracy" else name.replace("_", " "))
 
 
 def draw_metric(axes, row, metric, line, colour, label):
-    """A row's mean metric over the epochs, with a band over its seeds. Returns the means."""
+    """Draw a row's mean metric over the epochs, with a band over its seeds; return the means."""
     means, low, high = spread([[epoch[metric] for epoch in run["epochs"]] for run in row])
     epochs = np.arange(1, len(means) + 1)
     every = max(1, len(epochs) // 15)  # enough to tell two lines apart in grey
@@ -228,7 +241,7 @@ def draw_metric(axes, row, metric, line, colour, label):
 
 
 def draw_batches(axes, batch_losses):
-    """The training loss of every batch, and its running mean; of several runs, mean and band."""
+    """Draw every batch's training loss and its running mean; of several runs, mean and band."""
     shortest = min(map(len, batch_losses))
     window = min(shortest, max(2, shortest // 50))
     weights = np.full(window, 1 / window)
@@ -250,7 +263,7 @@ def draw_batches(axes, batch_losses):
 
 
 def draw_comparison(rows, title=None):
-    """A Figure of all rows: reported beside measured accuracy, and accuracy over the epochs."""
+    """Return a Figure of all rows: reported beside measured accuracy, accuracy over the epochs."""
     notes = [note_unfinished(choose_settled(row)) for row in rows]
     names = [textwrap.fill(name_row(row) + note, 36) for row, note in zip(rows, notes)]
     lines = sum(name.count("\n") + 1 for name in names)
@@ -268,7 +281,7 @@ def draw_comparison(rows, title=None):
 
 
 def draw_dots(axes, rows, names):
-    """Reported and measured accuracy of each row as dots; several seeds as ticks on a line."""
+    """Draw reported and measured accuracy of each row as dots; several seeds as ticks on a line."""
     for place, row in enumerate(rows):
         values = last_accuracies(row)
         if len(values) > 1:
@@ -288,7 +301,7 @@ def draw_dots(axes, rows, names):
 
 
 def spread(series):
-    """(means, lowest, highest) of several lists of numbers, place by place, as arrays.
+    """Return (means, lowest, highest) of several lists of numbers, place by place, as arrays.
     Where some lists have ended they are those of the others."""
     places = [[v for v in place if v is not None] for place in zip_longest(*series)]
     return [np.array([of(place) for place in places]) for of in (statistics.fmean, min, max)]
@@ -308,7 +321,7 @@ def watch(args):
 
 
 def choose_target(args, path, name):
-    """The file that a picture of that name goes to, beside its history unless --out says else."""
+    """Return the file of a picture of that name, beside its history unless --out says else."""
     return (args.out or path.parent) / f"{name}.{args.format}"
 
 
