@@ -174,7 +174,8 @@ def build_training(row, device, precision, textbook=False):
         model.backbone = nn.Sequential(*layers)  # its pools stay ours, which are the faster
         model = model.to(device)
     else:
-        choose_device(str(device))
+        choose_device(str(device))  # keeps memory
+        fast.FORM = "auto"
         model = place(build_model(options), device, precision)
     optimizer = torch.optim.AdamW(model.parameters(), fused=device.type == "cuda" or not textbook)
     images = torch.randn(batch, 3, 32, 32, device=device)

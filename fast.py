@@ -72,17 +72,28 @@ FORMS = {"outputs": weight_outputs, "inputs": weight_inputs, "kernels": mix_kern
 MIXES = ("auto", *FORMS)
 
 
+# Forward and backward of a block, ms, by python bench.py --only form. Zen 4 in bfloat16, two cores:
+#                                    outputs   inputs  kernels
+#   64 to 128, 32x32, k = 3, batch 32     130      108       46
+#  256 to 512, 32x32, k = 3, batch 32    1709     1641      680
+#  128 to 128, 16x16, k = 2, batch 128    154      141      105
+#  256 to 256,   8x8, k = 2, batch 512    574      527      776
+# H200, bfloat16: the k outputs cost more once they do not fit into its cache, 60 MB:
+#   64 to 128, 32x32, k = 3, batch 128   1.46     1.62      2.6
+#  256 to 512, 32x32, k = 3, batch 128   7.30     5.64
+#  128 to 128, 16x16, k = 2, batch 512   1.18     1.43
+# CPUs with AMX, bfloat16, one thread, forward only, GFLOP/s counted as one convolution's work:
+#   64 to 128, 32x32, k = 3               253       71      101
+#  128 to 256, 32x32, k = 3               232      206      397
+#  128 to 128, 16x16, k = 3               245      199       90
 def choose_form(x, coefficients, convs):
-    """The form that is fastest for such tensors, by name. Forward and backward, k = 3 (where images
-    are smaller than 32x32: 2), ms: python bench.py --only form."""
+    """Return the form that is fastest for such tensors, by name."""
     outputs, size = convs.out_channels // coefficients.shape[1], x.shape[-1]
     bfloat16 = compute_dtype(x) == torch.bfloat16
-    if x.is_cuda:  # an H200: once the k outputs do not fit into its cache, they cost more
+    if x.is_cuda:
         return "inputs" if len(x) * convs.out_channels * size**2 > 50_000_000 else "outputs"
     if is_channels_last(x):  # a CPU with AMX
         return "kernels" if size >= 32 and x.shape[1] >= 128 else "outputs"
-    # Mixed kernels are 1.5 to 2.7 times as fast with 32x32 or 16x16 pixels (in float32, with 4
-    # channels, 0.8 to 1.4), no faster with 8x8 in wide blocks, half as fast with 4x4.
     if size >= 16 and (outputs >= 8 or bfloat16):
         return "kernels"
     return "inputs" if bfloat16 else "outputs"

@@ -28,13 +28,7 @@ import torch
 
 from data import CLASSES
 from device import RANK, WORLD_SIZE, all_reduce_max, all_reduce_sum, barrier, print0
-from history import (
-    hyperparameters,
-    read_history,
-    round_loss,
-    write_atomically,
-    write_history,
-)
+from history import hyperparameters, read_history, round_loss, write_atomically, write_history
 from model import IMAGE_SIZE, build_model
 
 try:
@@ -78,26 +72,19 @@ class Run:
         if not saved and RANK == 0:
             self._write_checkpoint()
         self._write_history()
-        epochs_done = len(self.history["epochs"])
-        self.progress = Progress(epochs_done + self._share_done(), args.epochs, images)
+        epoch, step = self.position
+        self.progress = Progress(epoch + step / len(self.batch_sizes), args.epochs, images)
         print0("\n" + HEADER)
         for epoch in self.history["epochs"]:
             print0(format_epoch(epoch, args.epochs))
 
     def path(self, suffix):
-        """Return the file of this run with that suffix."""
         return self.args.out / (self.args.name + suffix)
 
     @property
     def position(self):
         """(epoch, step) that the run goes on with."""
-        return len(self.history["epochs"]), self._steps_done()
-
-    def _steps_done(self):
-        return len(self.metrics["loss"]) if self.metrics else 0
-
-    def _share_done(self):
-        return self._steps_done() / len(self.batch_sizes)
+        return len(self.history["epochs"]), len(self.metrics.get("loss", ()))
 
     def log_batch(self, epoch, step, lr, loss, correct, **metrics):
         """Note a batch's metrics, tensors of one number; save or stop if it is time to. `loss` and
@@ -110,7 +97,7 @@ class Run:
         if loss.is_cpu or done % LOOK_EVERY == 0 or done == len(self.batch_sizes):
             self._check_losses(epoch, done)
             self.trained_at = time.monotonic()
-            self.progress.show(epoch + done / len(self.batch_sizes), done, len(self.batch_sizes))
+            self.progress.show(epoch, done, len(self.batch_sizes))
             self._save_or_stop(loss.device)
 
     def watch(self, batches):
@@ -166,6 +153,7 @@ class Run:
             for name, values in saved["state"]["metrics"].items():
                 self.metrics[name] = list(values.to(device).unbind())
             self.lr, self.began = saved["state"]["lr"], self.began - saved["state"]["seconds"]
+            saved.clear()  # its memory is needed
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
             raise ValueError(f"{self.path('.pt')} is of another run ({reason})") from error
@@ -390,20 +378,21 @@ def format_seconds(seconds):
 
 
 class Progress:
-    """One line on the terminal, rewritten; nothing where stderr is a log or a pipe. It counts
-    epochs, the current one in part: `start` is where this process began, `end` the whole run."""
+    """One line on the terminal, rewritten; nothing where stderr is a log or a pipe. `start` is how
+    many epochs were done when this process began, in part, too; `end` the whole run's."""
 
     def __init__(self, start, end, images_per_epoch):
         self.start, self.end, self.images_per_epoch = start, end, images_per_epoch
         self.began = time.monotonic()
         self.on_terminal = RANK == 0 and sys.stderr is not None and sys.stderr.isatty()
 
-    def show(self, done, step, steps):
+    def show(self, epoch, step, steps):
         """Show how far the epoch is, how fast it goes and how long the whole run still takes."""
+        done = epoch + step / steps
         if self.on_terminal and done > self.start:
             speed = (done - self.start) / (time.monotonic() - self.began)  # epochs per second
             rate, left = self.images_per_epoch * speed, format_seconds((self.end - done) / speed)
-            line = f"{math.ceil(done):>3}/{self.end}  batch {step}/{steps}  {rate:,.0f} images/s"
+            line = f"{epoch + 1:>3}/{self.end}  batch {step}/{steps}  {rate:,.0f} images/s"
             print(f"\r{f'{line}  {left} left':<78}", end="", file=sys.stderr, flush=True)
 
     def clear(self):

@@ -212,7 +212,7 @@ def test_progress_is_one_line_on_a_terminal(monkeypatch):
     monkeypatch.setattr("sys.stderr", terminal)
     progress = Progress(start=0, end=10, images_per_epoch=1000)
     progress.began -= 5  # five seconds ago
-    progress.show(0.5, 3, 6)
+    progress.show(0, 3, 6)
     assert "  1/10  batch 3/6  100 images/s  1m35s left" in terminal.getvalue()
     assert "\n" not in terminal.getvalue()
 
