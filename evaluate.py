@@ -183,8 +183,11 @@ def keep_coefficients(model):
     with contextlib.ExitStack() as hooks:
         for name, block in model.backbone.blocks().items():
             keep = kept[name] = []
-            hook = block.gate.register_forward_hook(lambda *call, keep=keep: keep.append(call[-1]))
-            hooks.enter_context(hook)
+
+            def note(layer, inputs, output, keep=keep, gate=block.gate):
+                keep.append(gate(output))
+
+            hooks.enter_context(block.gate_linear.register_forward_hook(note))
         yield kept
 
 

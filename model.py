@@ -8,6 +8,8 @@ from x itself and weights the k outputs by them:
 
     a = softmax(mean(x) V)
     block(x) = ReLU(a_1 conv(x, W_1) + ... + a_k conv(x, W_k))
+
+(Every convolution and linear layer has a bias, too.)
 """
 
 from collections import OrderedDict
@@ -22,11 +24,11 @@ from fast import Pool, gated_conv
 IMAGE_SIZE = 32  # pixels
 GRID = 8  # the classifier pools to (AdaptiveAvgPool2d) or by (AvgPool2d) 8x8
 
-GATES = {
-    "softmax": lambda: nn.Softmax(dim=1),  # over the k coefficients of one image
-    "relu": nn.ReLU,
-    "sigmoid": nn.Sigmoid,
-    "none": nn.Identity,
+GATES = {  # of (N, k)
+    "softmax": lambda a: a.softmax(dim=1),  # over the k coefficients of one image
+    "relu": torch.relu,
+    "sigmoid": torch.sigmoid,
+    "none": lambda a: a,
 }
 
 # What build_model takes; train.py's options have these names and, as defaults, these values.
@@ -59,7 +61,7 @@ class Block(nn.Module):
         # One convolution holds all k: initialisations depend on the fan-in, which stays the same.
         self.convs = nn.Conv2d(in_channels, k * out_channels, 3, padding=1)
         self.gate_linear = nn.Linear(in_channels, k)
-        self.gate = GATES[gate]()
+        self.gate = GATES[gate]
         self.norm = nn.BatchNorm2d(out_channels) if norm == "batch" else nn.Identity()
         self.activation = nn.ReLU() if relu else nn.Identity()
         self.residual = residual and in_channels == out_channels

@@ -259,6 +259,7 @@ def draw_batches(axes, batch_losses):
         axes.set_ylim(0, 1.2 * usual)
         axes.set_title(f"above: up to {highest:.3g}", loc="left", fontsize=8)
     axes.legend(frameon=False, fontsize=8)
+    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     style(axes, "batch", "training loss")
 
 

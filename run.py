@@ -108,13 +108,10 @@ class Run:
 
     def log_epoch(self, epoch, **validation):
         """Add an epoch's metrics to the history, write it and print them. `validation` are numbers:
-        val_loss, val_accuracy and whatever else. Raises Stop if val_loss is NaN or infinite."""
-        if not math.isfinite(validation["val_loss"]):
-            loss = validation["val_loss"]
-            self._stop_at(f"the validation loss is {loss} after epoch {epoch + 1}")
+        val_loss, val_accuracy and whatever else. Raises Stop if one is NaN or infinite."""
         images, now = sum(self.batch_sizes), time.monotonic()
         metrics = {name: torch.stack(values).tolist() for name, values in self.metrics.items()}
-        self.history["batch_losses"] += map(round_loss, metrics["loss"])
+        losses = map(round_loss, metrics["loss"])
         accuracy = 100 * sum(metrics.pop("correct")) / images
         means = {
             f"train_{name}": sum(v * size for v, size in zip(values, self.batch_sizes)) / images
@@ -123,7 +120,11 @@ class Run:
         line = {"epoch": epoch + 1, "lr": self.lr} | means | {"train_accuracy": accuracy}
         line |= validation | {"seconds": now - self.began}
         line |= {"images_per_second": images / (self.trained_at - self.began)}
+        for name, value in line.items():
+            if not math.isfinite(value):
+                self._stop_at(f"{name} is {value} after epoch {epoch + 1}")
         self.history["epochs"].append(line)
+        self.history["batch_losses"] += losses
         self.metrics, self.began = {}, now
         self._write_history()
         self.progress.clear()

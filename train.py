@@ -77,6 +77,7 @@ def train(args, saved):
             torch.manual_seed(derive_seed(args.seed, epoch, step, RANK))  # of dropout
             with amp:
                 logits = network(x)
+                # Of several processes each has its images' part of the batch's mean.
                 loss = criterion(logits, labels) / run.batch_sizes[step]
             optimizer.zero_grad()
             loss.backward()
@@ -87,10 +88,10 @@ def train(args, saved):
                 ema.update_parameters(model)
             correct = (logits.argmax(1) == labels).sum()
             run.log_batch(epoch, step, lr, loss, correct)  # saves if it is time to; may stop
-        batches = run.watch(validation_set.batches(share=SHARE))  # the same
+        batches = run.watch(validation_set.batches(share=SHARE))  # may save or stop, too
         metrics = validate(ema or network, batches, amp)
         if args.schedule != "onecycle":
-            scheduler.step()  # or with every epoch; what was saved in validation has not stepped
+            scheduler.step()  # or with every epoch, and after validation, where a run may resume
         run.log_epoch(epoch, **metrics)
         start = 0
     run.finish()
@@ -284,10 +285,12 @@ def refuse_contradictions(args, parser):
         parser.error(f"--name {args.name!r}: another run's picture is called so")
     if args.resume and args.overwrite:
         parser.error("--resume goes on with a run and --overwrite replaces it: give one of them")
-    if args.momentum is not None and args.optimizer != "sgd":
-        parser.error(f"--momentum {args.momentum} is for --optimizer sgd, not {args.optimizer}")
+    accepted = inspect.signature(OPTIMIZERS[args.optimizer]).parameters
+    for name, value in (("momentum", args.momentum), ("nesterov", args.nesterov or None)):
+        if value is not None and name not in accepted:
+            parser.error(f"--{name} is not for --optimizer {args.optimizer}: try sgd")
     if args.nesterov and not args.momentum:
-        parser.error("--nesterov is for --optimizer sgd with a --momentum above 0: give that")
+        parser.error("--nesterov needs a --momentum above 0: give that")
     halvings = sum(before != after for before, after in pairwise(args.arch))
     if args.downsample and halvings > MOST_HALVINGS:
         widths = " ".join(map(str, args.arch))

@@ -185,7 +185,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_at_its_batch(run, tmp_path, mon
 def test_a_validation_loss_that_is_not_finite_stops_the_run(run, tmp_path, capsys):
     one_step = "--limit 8 --batch-size 8 --lr 1e30 --optimizer sgd"  # breaks the weights
     assert ended(run, one_step) == 1
-    assert "the validation loss is nan after epoch 1" in capsys.readouterr().err
+    assert "val_loss is nan after epoch 1" in capsys.readouterr().err
     assert read_history(tmp_path / "run.json")["epochs"] == []
 
 
