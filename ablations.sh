@@ -30,7 +30,7 @@ fi
 
 wanted=()
 while [ $# -gt 0 ] && [ "$1" != -- ]; do
-    if ! printf '%s\n' "${rows[@]}" | grep -q "^$1\( \|$\)"; then
+    if [[ " ${rows[*]%% *} " != *" $1 "* ]]; then
         echo "$(basename "$0"): error: there is no row '$1', only" "${rows[@]%% *}" >&2
         exit 2
     fi
@@ -45,7 +45,7 @@ for ((i = 1; i <= $#; i++)); do
     --out=*) out=${!i#--out=} ;;
     esac
 done
-out=${out/#\~\//$HOME/} # as train.py reads it
+case $out in "~" | "~/"*) out=$HOME${out#\~} ;; esac # as train.py reads it
 resume=--resume
 if [[ " $* " == *" --overwrite "* ]]; then resume=; fi
 

@@ -70,6 +70,7 @@ class Run:
             signal.signal(number, self._on_signal)
         barrier()  # until all processes have read what is there of the run
         if not saved and RANK == 0:
+            self.path(".json").unlink(missing_ok=True)  # no kill leaves files of two runs
             self._write_checkpoint()
         self._write_history()
         epoch, step = self.position
@@ -231,11 +232,7 @@ def find_run(args):
     """Return the checkpoint that a run of these options goes on from, or None where it begins.
     ValueError if the name is taken, without --resume or by other options, or its file is gone."""
     checkpoint, history = (args.out / (args.name + suffix) for suffix in (".pt", ".json"))
-    if args.overwrite:
-        if RANK == 0:
-            history.unlink(missing_ok=True)  # no kill leaves files of two runs
-        return None
-    if not checkpoint.exists() and not history.exists():
+    if args.overwrite or not (checkpoint.exists() or history.exists()):
         return None
     if not args.resume:
         raise ValueError(
@@ -273,8 +270,9 @@ def is_finished(saved, args):
     with contextlib.suppress(OSError, ValueError):
         if read_history(path)["finished"]:
             return True
-    if RANK == 0:  # a kill came between the two files
+    if RANK == 0:  # a kill came between the two files, or it was lost
         write_history(path, history)
+        print(f"train.py: {path} is written again; its test is evaluate.py's", file=sys.stderr)
     return True
 
 

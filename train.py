@@ -311,7 +311,8 @@ def main(argv=None):
             train(args, saved)
     except Stop as stop:
         reason, code = stop.args
-        print(f"train.py: {reason}", file=sys.stderr)
+        if RANK == 0:
+            print(f"train.py: {reason}", file=sys.stderr)
         sys.exit(code)
     except (OSError, ValueError) as error:
         sys.exit(f"train.py: error: {error}")

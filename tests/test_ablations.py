@@ -9,21 +9,23 @@ from train import parse_args
 
 # A stand-in for python: notes its arguments, and leaves what the real scripts would.
 STUB = """#!{python}
-import json, os, pathlib, sys
+import argparse, json, os, pathlib, sys
 path, *options = sys.argv[1:]
 script = os.path.basename(path)
 with open(os.environ["CALLS"], "a") as calls:
     calls.write(json.dumps([script, *options]) + "\\n")
 if script == "train.py":
-    name = options[options.index("--name") + 1]
-    if name in os.environ.get("FAIL", "").split():
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    for option in ("--name", "--seed", "--out"):
+        parser.add_argument(option)
+    args, _ = parser.parse_known_args(options)
+    if args.name in os.environ.get("FAIL", "").split():
         sys.exit(1)
-    if "--seed" in options and (seed := options[options.index("--seed") + 1]) != "0":
-        name += "-seed" + seed
-    out = pathlib.Path(options[options.index("--out") + 1])
+    name = args.name + ("-seed" + args.seed if args.seed not in (None, "0") else "")
     for suffix in (".json", ".pt"):
-        if not (out / (name + suffix)).exists():
-            (out / (name + suffix)).write_text(name)
+        path = pathlib.Path(args.out).expanduser() / (name + suffix)
+        if not path.exists():
+            path.write_text(name)
 """
 
 
@@ -40,10 +42,10 @@ def replay(tmp_path):
     write_program(programs / "python", STUB.format(python=sys.executable))
     environment = {"PATH": f"{programs}:{os.environ['PATH']}", "CALLS": str(calls)}
 
-    def run(*arguments, script=ROOT / "ablations.sh", **more):
+    def run(*arguments, script=ROOT / "ablations.sh", out=tmp_path, **more):
         calls.write_text("")
         dashes = [] if "--" in arguments else ["--"]
-        command = ["bash", script, *arguments, *dashes, "--out", tmp_path]
+        command = ["bash", script, *arguments, *dashes, *(["--out", out] if out else [])]
         result = execute(*command, **environment, **more)
         return result, [json.loads(line) for line in calls.read_text().splitlines()]
 
@@ -125,6 +127,14 @@ def test_overwrite_is_not_contradicted(replay):
     assert args.overwrite and not args.resume
 
 
+@pytest.mark.parametrize("out", ["~", "~/runs"])
+def test_the_home_folder_is_found_as_train_py_finds_it(replay, tmp_path, out):
+    place = tmp_path if out == "~" else tmp_path / "runs"
+    place.mkdir(exist_ok=True)
+    _, calls = replay("row4", "--", f"--out={out}", out=None, HOME=str(tmp_path))
+    assert calls[1] == ["evaluate.py", str(place / "row4.pt"), "--once"]
+
+
 def test_a_symbolic_link_to_the_script_will_do(replay, tmp_path):
     (tmp_path / "link").symlink_to(ROOT / "ablations.sh")
     result, calls = replay("row4", script=tmp_path / "link")
@@ -171,10 +181,11 @@ def test_a_failing_row_does_not_stop_the_others_and_is_named(replay):
     assert ["evaluate.py", "plot.py"] == [call[0] for call in calls if call[0] != "train.py"]
 
 
-def test_an_unknown_row_is_refused_before_anything_runs(replay):
-    result, calls = replay("row4", "row7")
+@pytest.mark.parametrize("row", ["row7", "row.", "row"])
+def test_an_unknown_row_is_refused_before_anything_runs(replay, row):
+    result, calls = replay("row4", row)
     assert result.returncode == 2
-    assert "there is no row 'row7'" in result.stderr
+    assert f"there is no row '{row}'" in result.stderr
     assert calls == []
 
 

@@ -124,11 +124,12 @@ def test_options_that_do_not_change_the_result_may_differ(run, stop):
     assert without_times(resumed) == without_times(whole)
 
 
-def test_a_finished_run_whose_history_is_lost_gets_it_back(run, tmp_path):
+def test_a_finished_run_whose_history_is_lost_gets_it_back(run, tmp_path, capsys):
     whole = run()
     (tmp_path / "run.json").unlink()
     assert ended(run, "--resume") == 0
     assert read_history(tmp_path / "run.json") == whole
+    assert "run.json is written again" in capsys.readouterr().err
 
 
 def test_an_unfinished_run_can_be_tested(run, stop, tmp_path, capsys):
@@ -187,6 +188,14 @@ def test_a_run_that_was_killed_before_anything_was_saved_begins_again(run, kill,
     kill("log_batch", "--overwrite")
     assert read_history(tmp_path / "run.json")["finished"] is False
     assert without_times(run("--resume")) == whole
+
+
+@pytest.mark.parametrize("wrong", ["--device cuda:99", "--limit 99999", "--arch 4000000000"])
+def test_an_overwrite_that_cannot_begin_leaves_everything(run, tmp_path, wrong):
+    run()
+    before = files(tmp_path)
+    ended(run, "--overwrite", wrong)
+    assert files(tmp_path) == before
 
 
 @pytest.mark.parametrize("method", ["_write_checkpoint", "_write_history"])
