@@ -339,3 +339,24 @@ def test_gate_metrics_of_a_hand_made_example():
     figures = evaluate.measure_gate(coefficients, torch.tensor([0, 0, 1]), ["a", "b"])
     assert figures["mean_per_class"] == [[0.25, 0.75], [1, 0]]
     assert figures["quantiles"] == [[0, 0.25, 0.5, 0.75, 1]] * 2
+
+
+def test_what_some_devices_do_not_have_is_computed_on_the_cpu(checkpoint, evaluated, monkeypatch):
+    to_cpu, double, quantile = torch.Tensor.cpu, torch.Tensor.double, torch.Tensor.quantile
+
+    def on_cpu(tensor):
+        moved = to_cpu(tensor).view_as(tensor)
+        moved.on_cpu = True
+        return moved
+
+    def only_there(function):
+        def call(tensor, *arguments, **options):
+            assert hasattr(tensor, "on_cpu")
+            return function(tensor, *arguments, **options)
+
+        return call
+
+    monkeypatch.setattr(torch.Tensor, "cpu", on_cpu)
+    monkeypatch.setattr(torch.Tensor, "double", only_there(double))
+    monkeypatch.setattr(torch.Tensor, "quantile", only_there(quantile))
+    assert evaluate_in(checkpoint.parent) == evaluated.test

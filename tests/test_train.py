@@ -45,6 +45,7 @@ def test_a_run_leaves_its_history_and_its_checkpoint(run, tmp_path):
     assert len(history["batch_losses"]) == 2 * 4
     assert [epoch["epoch"] for epoch in history["epochs"]] == [1, 2]
     assert history["environment"]["precision"] == "float32"
+    assert history["environment"]["threads"] == torch.get_num_threads()
     assert load_checkpoint(tmp_path / "run.pt")["config"] == history["config"]
 
 
