@@ -14,7 +14,7 @@ set -u
 here=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")
 
 simple="--init default --schedule none --epochs 30" # what the report's first rows had
-if [ -z "${rows+given}" ]; then                     # recipe.sh gives rows of its own
+if [ "${BASH_SOURCE[0]}" = "$0" ]; then             # recipe.sh has rows of its own
     rows=( # name, and what differs from the report's final model
         "row1 --reported 52 --arch 64 128 256 --k 2 --no-block-relu --fc 1 --pool avg $simple"
         "row2 --reported 72 --arch 64 128 256 --k 2 --fc 1 $simple"

@@ -115,9 +115,10 @@ def _read_cifar10(data_dir, train):
             warnings.simplefilter("ignore")  # torchvision's, of some versions of numpy
             return cifar10(data_dir, train=train)
     except (RuntimeError, OSError):  # look before a download changes it
-        for name, md5 in cifar10.test_list + cifar10.train_list[::-1]:
-            if not check_integrity(folder / name, md5):
-                problem = f"{folder / name} is missing or damaged"
+        files = cifar10.train_list + cifar10.test_list
+        damaged = [folder / name for name, md5 in files if not check_integrity(folder / name, md5)]
+        if damaged:
+            problem = f"{damaged[0]} is missing or damaged"
         if archive.exists() and not check_integrity(archive, cifar10.tgz_md5):
             problem = f"{archive} is damaged"
     try:

@@ -101,6 +101,13 @@ def barrier():
         dist.barrier()
 
 
+def leave():
+    """Wait for the other processes, then part from them."""
+    if WORLD_SIZE > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 def all_reduce_sum(tensor):
     """Replace a tensor by its sum over the processes, and return it."""
     if WORLD_SIZE > 1:

@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 
 from data import CLASSES
-from device import RANK, WORLD_SIZE, all_reduce_max, all_reduce_sum, barrier, print0
+from device import RANK, WORLD_SIZE, all_reduce_max, all_reduce_sum, barrier, leave, print0
 from history import hyperparameters, read_history, round_loss, write_atomically, write_history
 from model import IMAGE_SIZE, build_model
 
@@ -142,7 +142,7 @@ class Run:
                 reason = f"no weights written ({error}); {self._say_how_to_go_on()}"
                 raise Stop(reason, 1) from error
         self._write_history()
-        barrier()  # no process leaves while another needs it
+        leave()
 
     def _restore(self, saved):
         try:
