@@ -34,6 +34,8 @@ NORMALISATION = {
 CROP_PADDING = 4  # pixels
 CUTOUT = 8  # pixels, the side of the square
 EVALUATION_BATCH = 250  # images
+# Of torchvision, as some versions of NumPy give it.
+warnings.filterwarnings("ignore", message=".*align should be passed as Python or NumPy boolean")
 
 
 @dataclass
@@ -75,9 +77,9 @@ class Dataset:
         generator = torch.Generator(device)
         for step, indices in islice(enumerate(order.split(size)), start, None):
             images = self.images.index_select(0, indices)  # 20 times faster than images[indices]
-            if augment:
-                generator.manual_seed(derive_seed(seed, epoch, step, "augment"))
-                images = augment_batch(images, augment, generator)
+            generator.manual_seed(derive_seed(seed, epoch, step, "augment"))
+            for name in augment:
+                images = AUGMENTATIONS[name](images, generator)
             yield normalise(images[share], self.name), self.labels[indices[share]]
 
 
@@ -108,25 +110,21 @@ def load_split(name, data_dir="data", holdout=0, limit=None):
 def _read_cifar10(data_dir, train):
     """Return torchvision's CIFAR10, verified by its md5 sums; OSError says what to do."""
     cifar10 = torchvision.datasets.CIFAR10
-    folder = data_dir / cifar10.base_folder
-    archive, problem = data_dir / cifar10.filename, f"{folder} is damaged"
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torchvision's, of some versions of numpy
-            return cifar10(data_dir, train=train)
+        return cifar10(data_dir, train=train)
     except (RuntimeError, OSError):  # look before a download changes it
-        files = cifar10.train_list + cifar10.test_list
-        damaged = [folder / name for name, md5 in files if not check_integrity(folder / name, md5)]
-        if damaged:
-            problem = f"{damaged[0]} is missing or damaged"
-        if archive.exists() and not check_integrity(archive, cifar10.tgz_md5):
-            problem = f"{archive} is damaged"
+        archive, files = data_dir / cifar10.filename, cifar10.train_list + cifar10.test_list
+        sums = [(data_dir / cifar10.base_folder / name, md5) for name, md5 in files]
+        sums = [(archive, cifar10.tgz_md5), *sums] if archive.exists() else sums
+        damaged = (path for path, md5 in sums if not check_integrity(path, md5))
+        damaged = next(damaged, data_dir / cifar10.base_folder)
     try:
         return cifar10(data_dir, train=train, download=True)
     except (RuntimeError, OSError, EOFError) as error:
         raise OSError(
-            f"no CIFAR-10 in {str(data_dir)!r}: {problem}, and a download failed ({error}); put "
-            f"{cifar10.filename} from {cifar10.url} there, or use --dataset shapes, without files"
+            f"no CIFAR-10 in {str(data_dir)!r}: {damaged} is missing or damaged, and a download "
+            f"failed ({error}); put {cifar10.filename} from {cifar10.url} there, or use --dataset "
+            "shapes, without files"
         ) from error
 
 
@@ -165,17 +163,11 @@ def _scale_and_shift(name, device):
     return 1 / (255 * std), -mean / std
 
 
-def augment_batch(images, augment, generator):
-    """Augment uint8 images (N, 3, H, W), each image drawn on its own, in the order given."""
-    for name in augment:
-        images = AUGMENTATIONS[name](images, generator)
-    return images
-
-
+# An augmentation changes uint8 images (N, 3, H, W), each drawn on its own.
 def crop(images, generator):
-    """Pad by 4 black pixels and cut H x W out at random."""
+    """Pad by 4 pixels, a mirror image of those inside, and cut H x W out at random."""
     (count, _, height, width), device = images.shape, images.device
-    padded = F.pad(images, (CROP_PADDING,) * 4)
+    padded = F.pad(images.float(), (CROP_PADDING,) * 4, mode="reflect").to(images.dtype)
     windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # (N, 3, 9, 9, H, W), a view
     places = 2 * CROP_PADDING + 1
     top, left = torch.randint(places, (2, count), device=device, generator=generator)

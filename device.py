@@ -20,6 +20,7 @@ import fast
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 RANK = int(os.environ.get("RANK", 0)) if WORLD_SIZE > 1 else 0
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0)) if WORLD_SIZE > 1 else 0  # on this machine
+SHARE = slice(RANK, None, WORLD_SIZE)  # this process's images of every batch
 
 PRECISIONS = ("auto", "float32", "bfloat16")
 
@@ -46,14 +47,7 @@ def choose_device(name="auto"):
     return device
 
 
-def describe(device):
-    """Return what a device is, for people: "cuda:0 (NVIDIA H200)" or "cpu (x86_64, 2 threads)"."""
-    if device.type == "cuda":
-        return f"{device} ({torch.cuda.get_device_name(device)})"
-    return f"{device} ({platform.machine()}, {torch.get_num_threads()} threads)"
-
-
-def precision_on(device, precision="auto"):
+def choose_precision(device, precision="auto"):
     """Return what "auto" means there: bfloat16 on CUDA and on a CPU with instructions for it."""
     if precision != "auto":
         return precision
@@ -67,15 +61,19 @@ def autocast(device, precision):
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16")
 
 
-def environment(device, precision):
+def describe_environment(device, precision):
     """Return what a run is made with, as its history keeps it."""
+    cuda, threads = device.type == "cuda", torch.get_num_threads()
+    kind = (
+        torch.cuda.get_device_name(device) if cuda else f"{platform.machine()}, {threads} threads"
+    )
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
-        "device": describe(device),
+        "device": f"{device} ({kind})",
         "precision": precision,
-        "threads": torch.get_num_threads(),
+        "threads": threads,
         "commit": find_commit(),
     }
 
@@ -83,14 +81,14 @@ def environment(device, precision):
 def find_commit():
     """Return the commit of these scripts as git describes it, or None."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    options = {"capture_output": True, "check": True, "text": True, "errors": "replace"}
     try:
-        return subprocess.run(git, capture_output=True, check=True).stdout.decode().strip()
-    except (OSError, subprocess.CalledProcessError, UnicodeDecodeError):  # no git, no repository
+        return subprocess.run(git, **options).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):  # no git, no repository
         return None
 
 
 def print0(*text):
-    """Print, if this is the first process."""
     if RANK == 0:
         print(*text, flush=True)
 
@@ -108,20 +106,11 @@ def leave():
         dist.destroy_process_group()
 
 
-def all_reduce_sum(tensor):
-    """Replace a tensor by its sum over the processes, and return it."""
+def all_reduce(tensor, operation=dist.ReduceOp.SUM):
+    """Replace a tensor by its sum over the processes, or another reduction, and return it."""
     if WORLD_SIZE > 1:
-        dist.all_reduce(tensor)
+        dist.all_reduce(tensor, operation)
     return tensor
-
-
-def all_reduce_max(number, device):
-    """Return the largest of the processes' integers."""
-    if WORLD_SIZE == 1:
-        return number
-    tensor = torch.tensor(number, device=device)
-    dist.all_reduce(tensor, dist.ReduceOp.MAX)
-    return tensor.item()
 
 
 def distribute(model):
@@ -137,7 +126,7 @@ def distribute(model):
 
 
 def _add_gradients(_, bucket):
-    """Add gradients up: DistributedDataParallel by itself takes their mean. A process's loss is its
-    images' part of the batch's, so that uneven shares are right, too."""
+    # DistributedDataParallel by itself takes the mean. A process's loss is its images' part of the
+    # batch's, so that uneven shares are right, too.
     future = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
     return future.then(lambda done: done.value()[0])

@@ -30,18 +30,8 @@ from run import load_checkpoint, rebuild
 BINS = 15  # of confidence
 QUANTILES = (0, 0.25, 0.5, 0.75, 1)
 WRONG = 36  # misclassified images kept
-DRAWN = 50  # photos in one picture
 PHOTO = 256  # pixels, the longer side of a photo as it is drawn
-ORIENTATION = 0x0112  # EXIF's tag for how the camera was held, and what undoes it
-TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # twice as large is an error
 
 
 def evaluate(path, args):
@@ -52,7 +42,9 @@ def evaluate(path, args):
         if "test" in history or history["config"].get("holdout") or not history["finished"]:
             return
     config, model, device, amp = open_checkpoint(path, args)
-    images = load(config["dataset"], find_data(config, args), train=False)
+    of_training = Path(config["data_dir"])
+    data_dir = args.data_dir or (of_training if of_training.is_dir() else "data")
+    images = load(config["dataset"], data_dir, train=False)
     batches = list(images.to(device).batches())
     metrics = measure(model, batches, amp, images.classes, args.tta)
 
@@ -75,12 +67,6 @@ def evaluate(path, args):
     gallery.save(figure, path.with_name(f"{path.stem}-wrong.png"))
 
 
-def find_data(config, args):
-    """Return the folder of CIFAR-10: the one that is given, or that of training if it is there."""
-    of_training = Path(str(config.get("data_dir")))
-    return args.data_dir or (of_training if of_training.is_dir() else "data")
-
-
 def open_checkpoint(path, args):
     """Return (config, model, device, autocast context), the model on the device."""
     checkpoint = load_checkpoint(path)
@@ -91,17 +77,23 @@ def open_checkpoint(path, args):
         if args.device:
             raise
         device = choose_device()  # it was trained on another machine
-    precision = checkpoint.get("precision") if args.precision == "auto" else args.precision
-    if precision not in PRECISIONS:
-        raise ValueError(f"{path} is of an unknown precision, {precision!r}")
+    precision = checkpoint["precision"] if args.precision == "auto" else args.precision
     return config, model.to(device), device, autocast(device, precision)
 
 
 def measure(model, batches, amp, classes, tta=False):
     """Return all test metrics that a history keeps of a model on a list of batches, with `tta` also
     the accuracy and the loss that test-time augmentation gives."""
-    with keep_coefficients(model) as kept:
-        logits, labels = (tensor.cpu() for tensor in predict(model, batches, amp))
+    kept = {name: [] for name, _ in model.backbone.named_children()}
+    hooks = [
+        block.register_forward_pre_hook(
+            lambda block, x, keep=keep: keep.append(block.coefficients(*x))
+        )
+        for block, keep in zip(model.backbone, kept.values())
+    ]
+    logits, labels = (tensor.cpu() for tensor in predict(model, batches, amp))
+    for hook in hooks:
+        hook.remove()
     metrics = measure_predictions(logits, labels, classes)
     metrics["gates"] = [
         {"block": name} | measure_gate(torch.cat(parts).cpu(), labels, classes)
@@ -156,13 +148,9 @@ def find_most_wrong(percentages, labels, classes):
     confidence, predicted = percentages.max(1)
     wrong = (predicted != labels).nonzero().flatten()
     order = confidence[wrong].argsort(descending=True, stable=True)[:WRONG]
+    keys = ("index", "true", "predicted", "confidence")
     return [
-        {
-            "index": i,
-            "true": classes[labels[i]],
-            "predicted": classes[predicted[i]],
-            "confidence": confidence[i].item(),
-        }
+        dict(zip(keys, (i, classes[labels[i]], classes[predicted[i]], confidence[i].item())))
         for i in wrong[order].tolist()
     ]
 
@@ -171,24 +159,8 @@ def measure_gate(coefficients, labels, classes):
     """Return means (classes, k) and quantiles (k, 5) of a block's coefficients (N, k)."""
     members = F.one_hot(labels, len(classes)).T.float()
     means = members @ coefficients / members.sum(1, keepdim=True).clamp(min=1)
-    levels = torch.tensor(QUANTILES, device=coefficients.device)
-    quantiles = coefficients.quantile(levels, dim=0).T
+    quantiles = coefficients.quantile(torch.tensor(QUANTILES), dim=0).T
     return {"mean_per_class": means.tolist(), "quantiles": quantiles.tolist()}
-
-
-@contextlib.contextmanager
-def keep_coefficients(model):
-    """Give, for each block by name, a list of its coefficients (N, k) of every batch."""
-    kept = {}
-    with contextlib.ExitStack() as hooks:
-        for name, block in model.backbone.blocks().items():
-            keep = kept[name] = []
-
-            def note(layer, inputs, output, keep=keep, gate=block.gate):
-                keep.append(gate(output))
-
-            hooks.enter_context(block.gate_linear.register_forward_hook(note))
-        yield kept
 
 
 def compute_percentages(logits):
@@ -225,12 +197,9 @@ def classify(path, args):
         likeliest = sorted(zip(percentages, classes), reverse=True)[:3]
         print(f"{file}: " + ", ".join(f"{name} {value:.1f} %" for value, name in likeliest) + note)
         photo.thumbnail((PHOTO, PHOTO))
-        name = file.name.encode(errors="replace").decode()  # which may not be UTF-8
-        predictions.append((name, np.array(photo), small, percentages))
+        predictions.append((file.name, np.array(photo), small, percentages))
     if predictions:
-        if len(predictions) > DRAWN:
-            print(f"the picture shows the first {DRAWN} of them", file=sys.stderr)
-        figure = gallery.draw_predictions(predictions[:DRAWN], classes, path.stem + note)
+        figure = gallery.draw_predictions(predictions, classes, path.stem + note)
         gallery.save(figure, path.with_name(f"{path.stem}-predictions.png"))
     return len(predictions) == len(args.image)
 
@@ -241,35 +210,16 @@ def read_photo(path):
     try:
         if not path.is_file():
             raise OSError("no file")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PIL refuses what is twice as large as it warns of
-            with Image.open(path) as image:
-                image.load()
-                with contextlib.suppress(Exception):  # what cannot be read is used as it lies
-                    image = image.transpose(TURNS[image.getexif()[ORIENTATION]])
-        if image.mode.startswith(("I", "F")):  # more than 8 bits a pixel, which PIL would clip
-            image = scale(np.asarray(image))
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
-    except Image.DecompressionBombError as error:
-        limit = f"more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels"
-        raise ValueError(f"{path}: {limit} are too many: make it smaller") from error
+        with Image.open(path) as image:
+            if image.mode.startswith(("I", "F")):  # PIL would clip it
+                raise ValueError("it has more than 8 bits a pixel: convert it")
+            with contextlib.suppress(Exception):  # damaged tags: it is used as it lies
+                image = ImageOps.exif_transpose(image)
+            white = Image.new("RGBA", image.size, "white")
+            return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
     except Exception as error:  # a damaged file can make PIL's decoders raise nearly anything
         reason = " ".join(str(error).split())
         raise ValueError(f"{path}: not there, or not a whole image ({reason})") from error
-
-
-def scale(pixels):
-    """Return grey pixels (H, W) of 16 or 32 bits as a PIL image of 8: scaled from the smallest of
-    the usual ranges of their type that holds them, or from their own."""
-    low, high = float(pixels.min()), float(pixels.max())
-    if not np.isfinite(high - low):
-        raise ValueError("a pixel is NaN or infinite")
-    usual = {"u": (65535,), "i": (255, 65535), "f": (1, 255, 65535)}[pixels.dtype.kind]
-    if low >= 0 and high <= usual[-1]:
-        low, high = 0, min(top for top in usual if high <= top)
-    share = (pixels.astype(float) - low) / (high - low or 1)
-    return Image.fromarray((255 * share).astype(np.uint8))
 
 
 def parse_args(argv=None):
@@ -284,11 +234,8 @@ def parse_args(argv=None):
     add("checkpoints", type=to_path, nargs="+", metavar="checkpoint", help=files)
     add("--image", type=to_path, nargs="+", metavar="FILE", help="photos to classify, no test")
     add("--tta", action="store_true", help="test-time augmentation, by mirror images, as well")
-    add(
-        "--once",
-        action="store_true",
-        help="only what is finished, was not tested and held no images out",
-    )
+    once = "only what is finished, was not tested and held no images out"
+    add("--once", action="store_true", help=once)
     add("--data-dir", type=to_path, help="where CIFAR-10 is (default: where it was for training)")
     add("--device", help="auto, cpu, cuda, cuda:1, mps ... (default: that of training)")
     precision = "of products (default: that of training)"
@@ -302,8 +249,6 @@ def parse_args(argv=None):
 def main(argv=None):
     """Test checkpoints, or classify photos with them; failures exit with 1 and a line each."""
     args = parse_args(argv)
-    with contextlib.suppress(AttributeError):  # where stdout is closed
-        sys.stdout.reconfigure(errors="backslashreplace")  # names may have any characters
     failed = False
     for path in args.checkpoints:
         try:

@@ -40,7 +40,6 @@ def style(axes, x_label, y_label):
 def start_figure(title, height):
     """An empty Figure under its title, of a page's width and that height (inches)."""
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
-    title = title.encode(errors="replace").decode()  # a file's name may not be UTF-8
     figure.suptitle(textwrap.fill(title, 80), fontsize=11)
     return figure
 

@@ -20,29 +20,25 @@ def read_history(path):
     """Return the history in a file, a dict. OSError or ValueError say what is wrong with it."""
     try:
         history = json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=int)  # no NaN
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON ({error})") from error
-    try:
-        _check(history)
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        numbers = [history["parameters"], history["config"].get("seed", 0)]
+        numbers += history["reported"] + history["batch_losses"]
+        for epoch in [] + history["epochs"]:
+            numbers += [epoch["train_loss"], epoch["train_accuracy"], *epoch.values()]
+        numbers += [history["test"]["accuracy"]] if "test" in history else []
+        if not all(map(math.isfinite, numbers)):
+            raise ValueError("a number is infinite")
+        history["name"].encode(errors="replace"), history["finished"]  # are there
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        TypeError,
+        ValueError,
+        RecursionError,
+    ) as error:
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(f"{path} is not a history that train.py wrote ({reason})") from error
     return history
-
-
-def _check(history):
-    """Raise what comes of using a history where that cannot be done; complete an older one."""
-    reported = history.setdefault("reported", [])
-    if not isinstance(reported, list):  # one figure or none
-        history["reported"] = [] if reported is None else [reported]
-    numbers = history["reported"] + history["batch_losses"] + [history["config"].get("seed", 0)]
-    for epoch in [] + history["epochs"]:
-        numbers += [epoch["train_loss"], epoch["train_accuracy"], *epoch.values()]
-    if "test" in history:
-        numbers.append(history["test"]["accuracy"])
-    if not all(map(math.isfinite, numbers)):
-        raise ValueError("a number is infinite")
-    history["name"].encode(errors="replace"), history["finished"]  # are there
 
 
 def write_history(path, history):

@@ -29,6 +29,7 @@ GATES = {  # of (N, k)
     "relu": torch.relu,
     "sigmoid": torch.sigmoid,
     "none": lambda a: a,
+    "mean": lambda a: 0 * a + 1 / a.shape[1],  # no gate: each convolution has the same weight
 }
 
 # What build_model takes; train.py's options have these names and, as defaults, these values.
@@ -38,12 +39,13 @@ DEFAULTS = {
     "gate": "softmax",
     "block_relu": True,
     "norm": "none",
-    "downsample": False,
+    "downsample": [],
     "residual": False,
     "pool": "adaptive",
     "fc": 3,
     "hidden": 4096,
     "dropout": 0.5,
+    "logit_scale": 1.0,
     "init": "he",
 }
 
@@ -51,20 +53,30 @@ DEFAULTS = {
 class Block(nn.Module):
     """k gated 3x3 convolutions (stride 1, padding 1) of one input, summed, then ReLU if `relu`:
     (N, in_channels, H, W) -> (N, out_channels, H, W). `norm` "batch" normalises the sum before the
-    ReLU (Ioffe and Szegedy 2015); `residual` adds the input to the output where the channels are as
-    many (He et al. 2016)."""
+    ReLU (Ioffe and Szegedy 2015), `downsample` halves H and W before that by max pooling, and
+    `residual` adds the input to the output where the two are as large (He et al. 2016)."""
 
     def __init__(
-        self, in_channels, out_channels, k, gate="softmax", relu=True, norm="none", residual=False
+        self,
+        in_channels,
+        out_channels,
+        k,
+        gate="softmax",
+        relu=True,
+        norm="none",
+        downsample=False,
+        residual=False,
     ):
         super().__init__()
         # One convolution holds all k: initialisations depend on the fan-in, which stays the same.
         self.convs = nn.Conv2d(in_channels, k * out_channels, 3, padding=1)
         self.gate_linear = nn.Linear(in_channels, k)
         self.gate = GATES[gate]
+        self.downsample = downsample
+        self.pool = Pool(F.max_pool2d, 2) if downsample else nn.Identity()
         self.norm = nn.BatchNorm2d(out_channels) if norm == "batch" else nn.Identity()
         self.activation = nn.ReLU() if relu else nn.Identity()
-        self.residual = residual and in_channels == out_channels
+        self.residual = residual and in_channels == out_channels and not downsample
 
     def coefficients(self, x):
         """Return the coefficients a of each image, float32: (N, in_channels, H, W) -> (N, k)."""
@@ -75,54 +87,60 @@ class Block(nn.Module):
     def forward(self, x):
         a = self.coefficients(x)
         y = gated_conv(x, a, self.convs)  # sum_i a_i conv(x, W_i)
-        y = self.activation(self.norm(y))
+        y = self.activation(self.norm(self.pool(y)))
         return x + y if self.residual else y
 
 
 class Backbone(nn.Sequential):
     """One Block per entry of `arch`, its output channels; they are the next block's input channels:
-    (N, 3, 32, 32) -> (N, arch[-1], size, size). `downsample` halves the images by max pooling
-    between two blocks wherever the number of channels changes; else their size stays."""
+    (N, 3, 32, 32) -> (N, arch[-1], size, size). The blocks whose numbers, from 1 on, are in
+    `downsample` halve the images."""
 
-    def __init__(self, arch, downsample=False, **block_options):
+    def __init__(self, arch, downsample=(), **block_options):
         super().__init__()
         self.size = IMAGE_SIZE
         for number, (inputs, outputs) in enumerate(zip([3, *arch], arch), start=1):
-            if downsample and number > 1 and outputs != inputs:
-                self.add_module(f"pool{number - 1}", Pool(F.max_pool2d, 2))
-                self.size //= 2
-            self.add_module(f"block{number}", Block(inputs, outputs, **block_options))
-
-    def blocks(self):
-        """Return the blocks by their names."""
-        return {name: layer for name, layer in self.named_children() if isinstance(layer, Block)}
+            block = Block(inputs, outputs, downsample=number in downsample, **block_options)
+            self.add_module(f"block{number}", block)
+            self.size //= 2 if block.downsample else 1
 
 
 class Classifier(nn.Sequential):
-    """Average pool, then `fc` linear layers with ReLU and dropout after each hidden one:
-    (N, in_channels, size, size) -> logits (N, classes). `pool` is "adaptive", AdaptiveAvgPool2d(8),
-    an 8x8 grid; or "avg", AvgPool2d(8), a 4x4 grid of 32x32. A size below 8 replaces the 8."""
+    """Pool, then `fc` linear layers with ReLU and dropout after each hidden one; `logit_scale`
+    times what comes out: (N, in_channels, size, size) -> logits (N, classes). `pool` is "adaptive",
+    AdaptiveAvgPool2d(8), an 8x8 grid; "avg", AvgPool2d(8), a 4x4 grid of 32x32, where a size below
+    8 replaces the 8; or "max", the largest of the whole image."""
 
     def __init__(
-        self, in_channels, classes, size=IMAGE_SIZE, pool="adaptive", fc=1, hidden=4096, dropout=0
+        self,
+        in_channels,
+        classes,
+        size=IMAGE_SIZE,
+        pool="adaptive",
+        fc=1,
+        hidden=4096,
+        dropout=0.0,
+        logit_scale=1.0,
     ):
-        cells = min(GRID, size)
-        grid = cells if pool == "adaptive" else size // cells
-        widths = [in_channels * grid * grid, *[hidden] * (fc - 1)]
-        layers = [Pool(F.avg_pool2d, size // grid), nn.Flatten()]
+        cell = {"adaptive": max(1, size // GRID), "avg": min(GRID, size), "max": size}[pool]
+        widths = [in_channels * (size // cell) ** 2, *[hidden] * (fc - 1)]
+        layers = [Pool(F.max_pool2d if pool == "max" else F.avg_pool2d, cell), nn.Flatten()]
         for inputs, outputs in pairwise(widths):
             layers += [nn.Linear(inputs, outputs), nn.ReLU(), nn.Dropout(dropout)]
         super().__init__(*layers, nn.Linear(widths[-1], classes))
+        self.logit_scale = logit_scale
+
+    def forward(self, x):
+        return self.logit_scale * super().forward(x)
 
 
 def build_model(options, classes=10):
     """Return the network of a dict of options, DEFAULTS for those it lacks; it may hold others. It
     is an nn.Sequential of `backbone` and `classifier`: (N, 3, 32, 32) -> logits (N, classes)."""
     options = DEFAULTS | {name: options[name] for name in DEFAULTS.keys() & options.keys()}
-    block = {name: options[name] for name in ("k", "gate", "norm", "residual")}
-    block["relu"] = options["block_relu"]
-    backbone = Backbone(options["arch"], options["downsample"], **block)
-    head = {name: options[name] for name in ("pool", "fc", "hidden", "dropout")}
+    block = {name: options[name] for name in ("k", "gate", "norm", "downsample", "residual")}
+    backbone = Backbone(options["arch"], relu=options["block_relu"], **block)
+    head = {name: options[name] for name in ("pool", "fc", "hidden", "dropout", "logit_scale")}
     classifier = Classifier(options["arch"][-1], classes, backbone.size, **head)
     model = nn.Sequential(OrderedDict(backbone=backbone, classifier=classifier))
     if options["init"] == "he":
@@ -150,22 +168,12 @@ def predict(model, batches, amp):
     return torch.cat(logits), torch.cat(labels)
 
 
-@torch.inference_mode()
 def count_macs(model):
     """Return the multiply-accumulates of an image's forward pass, all k convolutions and their
     weighting included, without normalisation and pooling."""
-    counts = []
-
-    def count(layer, inputs, output):
-        if isinstance(layer, Block):
-            pixels = inputs[0][0, 0].numel()
-            counts.append(pixels * sum(weights.numel() for weights in layer.convs.parameters()))
-        elif isinstance(layer, nn.Linear):
-            counts.append(layer.weight.numel())
-
-    hooks = [layer.register_forward_hook(count) for layer in model.modules()]
-    weight = next(model.parameters())
-    model.eval()(torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE, device=weight.device))
-    for hook in hooks:
-        hook.remove()
-    return sum(counts)
+    pixels, macs = IMAGE_SIZE**2, 0
+    for block in model.backbone:
+        macs += pixels * sum(weights.numel() for weights in block.convs.parameters())
+        pixels //= 4 if block.downsample else 1
+    linear_layers = (layer for layer in model.modules() if isinstance(layer, nn.Linear))
+    return macs + sum(layer.weight.numel() for layer in linear_layers)

@@ -4,22 +4,18 @@ python plot.py runs/row4.json               # runs/row4.png: loss and accuracy o
 python plot.py runs/*.json                  # all of them, runs/comparison.png and runs/results.md
 python plot.py runs/row4*.json              # several seeds of a row in one picture
 python plot.py runs/row4.json --format pdf --title "Row 4 of the report"
-python plot.py runs/row4.json --watch       # again whenever it changes, until it is finished
 
 Runs that differ in nothing but their seed make one row: their mean, and a band from the lowest to
-the highest. An unfinished run is drawn as far as it got; a row's accuracy is that of its finished
-runs, if it has any. A run that evaluate.py tested has two pictures more, runs/row4-test.png and
-runs/row4-gates.png. --watch rewrites the picture: an image viewer that reloads shows it live.
+the highest. A row is of its finished runs, or if it has none of the others as far as they got. A
+run that evaluate.py tested has two pictures more, runs/row4-test.png and runs/row4-gates.png.
 """
 
 import argparse
-import contextlib
 import json
 import os
 import statistics
 import sys
 import textwrap
-import time
 from itertools import cycle, zip_longest
 
 import numpy as np
@@ -28,7 +24,6 @@ from gallery import BLUE, COLOURS, ORANGE, draw_gates, draw_test, save, start_fi
 from history import hyperparameters, read_history, to_path, write_atomically
 
 DASHES = ("-", "--", "-.", ":")
-WATCH_SECONDS = 3  # between two looks at a run
 TESTED = {  # pictures of a run's test metrics: what draws them, and which metrics
     "test": (draw_test, "images", "per_class", "confusion", "calibration"),
     "gates": (draw_gates, "per_class", "gates", "kernels"),
@@ -38,93 +33,76 @@ COLUMNS = ("row", "hyperparameters", "parameters", "reported", "measured", "diff
 
 def draw_all(args):
     """Write every picture and the table. Return what could not be read or drawn, a line each."""
-    runs, problems = {}, []
+    runs, problems, drawn = [], [], set()
     for path in args.histories:
         try:
-            runs[path] = read_history(path)
+            runs.append(read_history(path) | {"name": path.stem, "path": path})
         except (OSError, ValueError) as error:
             problems.append(error)
-    rows = group(runs.values())
-    pictures = list_pictures(args, runs, rows)
-    for target, (draw, *what) in pictures.items():
+    rows = group(runs)
+    for path, name, draw, *what in list_pictures(runs, rows, args.title):
+        target = (args.out or path.parent) / f"{name}.{args.format}"
         try:
+            if target in drawn:
+                raise ValueError("another picture is called so; draw the histories one by one")
             save(draw(*what), target)
+            drawn.add(target)
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-            problems.append(f"{target} is not drawn: its metrics are damaged ({error})")
+            problems.append(f"{target} is not drawn: {type(error).__name__}: {error}")
     if rows:
-        results = tabulate(rows)
-        print(results, end="")
+        print(tabulate(rows), end="")
     if len(rows) > 1:
-        target = list(pictures)[-1].with_name("results.md")
-        write_atomically(target, lambda file: file.write(results.encode()))
+        table, folder = tabulate(rows).encode(), args.out or runs[0]["path"].parent
+        write_atomically(folder / "results.md", lambda file: file.write(table))
     return problems
 
 
-def list_pictures(args, runs, rows):
-    """Return what draws each picture, by its file: (function, arguments ...). ValueError if two
-    pictures share a file."""
-    pictures, paths = {}, {id(run): path for path, run in runs.items()}
-    title = args.title if len(rows) == 1 else None
-
-    def add(path, name, *what):
-        target = choose_target(args, path, name)
-        if target in pictures:
-            raise ValueError(f"{target} would be two pictures: draw the histories one by one")
-        pictures[target] = what
-
+def list_pictures(runs, rows, title):
+    """Yield of each picture: the history that it lies beside, its name, what draws it from what."""
+    one_title = title if len(rows) == 1 else None
     for row in rows:
-        path = paths[id(row[0])]
-        add(path, name_row(row, path.stem), draw_run, row, title)
-    for path, run in runs.items():
-        for name, (draw, *needed) in TESTED.items():
+        yield row[0]["path"], name_row(row), draw_run, row, one_title or name_row(row)
+    for run in runs:
+        for kind, (draw, *needed) in TESTED.items():
             if set(needed) <= run.get("test", {}).keys():
-                add(path, f"{path.stem}-{name}", draw, run["test"], title or run["name"])
+                name = f"{run['name']}-{kind}"
+                yield run["path"], name, draw, run["test"], one_title or run["name"]
     if len(rows) > 1:
-        add(next(iter(runs)), "comparison", draw_comparison, rows, args.title)
-    return pictures
+        yield runs[0]["path"], "comparison", draw_comparison, rows, title or ""
 
 
-def group(histories):
-    """Group histories into rows: runs of the same reported figures, alike but for the seed; of two
-    with the same seed the finished one, or the first."""
+def group(runs):
+    """Group histories into rows: runs of the same reported figures, alike but for the seed, each
+    seed once. Those of a row that are not finished are left out if others are."""
     rows = {}
-    for history in histories:
-        options = hyperparameters(history["config"]) | {"seed": None}
-        key = json.dumps([options, history["reported"]], sort_keys=True)
-        runs, seed = rows.setdefault(key, {}), history["config"].get("seed", 0)
-        runs[seed] = max(runs.get(seed, history), history, key=lambda run: run["finished"])
-    return [[row[seed] for seed in sorted(row)] for row in rows.values()]
+    for run in runs:
+        options = hyperparameters(run["config"]) | {"seed": None}
+        key = json.dumps([options, run["reported"]], sort_keys=True)
+        seeds, seed = rows.setdefault(key, {}), run["config"].get("seed", 0)
+        seeds[seed] = max(seeds.get(seed, run), run, key=lambda run: run["finished"])
+    rows = [[seeds[seed] for seed in sorted(seeds)] for seeds in rows.values()]
+    return [[run for run in row if run["finished"]] or row for row in rows]
 
 
-def name_row(row, name=None):
-    """Return what a row is called: its first run's name (or file name), less the seed of several
-    runs."""
-    name, seed = name or row[0]["name"], row[0]["config"].get("seed")
+def name_row(row):
+    """Return what a row is called: its first run's name, less the seed of several runs."""
+    name, seed = row[0]["name"], row[0]["config"].get("seed")
     return name.removesuffix(f"-seed{seed}") if len(row) > 1 else name
 
 
-def choose_settled(row):
-    """Return the finished runs of a row, or all if none has finished."""
-    return [history for history in row if history["finished"]] or row
-
-
 def last_accuracies(row):
-    """Return the accuracies (%) that a row's settled runs end with: evaluate.py's if all were
-    tested, else the last epochs'. A run without an epoch has none."""
-    settled = choose_settled(row)
-    if all("test" in run for run in settled):
-        return [run["test"]["accuracy"] for run in settled]
-    return [run["epochs"][-1]["val_accuracy"] for run in settled if run["epochs"]]
+    """Return the accuracies (%) that a row's runs end with: evaluate.py's if all were tested, else
+    the last epochs'. A run without an epoch has none."""
+    if all("test" in run for run in row):
+        return [run["test"]["accuracy"] for run in row]
+    return [run["epochs"][-1]["val_accuracy"] for run in row if run["epochs"]]
 
 
 def note_unfinished(row):
-    """Return ' (unfinished, epoch 3 of 15)' of the first run of a row that is, else nothing."""
-    for run in row:
-        if not run["finished"]:
-            return (
-                f" (unfinished, epoch {len(run['epochs'])} of {run['config'].get('epochs', '?')})"
-            )
-    return ""
+    """Return ' (unfinished, epoch 3 of 15)' if a row is, else nothing."""
+    if row[0]["finished"]:
+        return ""
+    return f" (unfinished, epoch {len(row[0]['epochs'])} of {row[0]['config'].get('epochs')})"
 
 
 def tabulate(rows):
@@ -132,11 +110,13 @@ def tabulate(rows):
     share."""
     configs = [hyperparameters(row[0]["config"]) for row in rows]
     shared = {key for key in configs[0] if all(c.get(key) == configs[0][key] for c in configs)}
-    lines = [list(COLUMNS)]
+    lines = [COLUMNS]
     for row, config in zip(rows, configs):
         shown = ({"arch", "k"} | (config.keys() - shared)) - {"seed"}
-        words = [f"{key.replace('_', ' ')} {_words(config[key])}" for key in config if key in shown]
-        cells = [name_row(row), ", ".join(words), *_make_cells(row)]
+        options = [(key, value) for key, value in config.items() if key in shown]
+        options = [(key, value if isinstance(value, list) else [value]) for key, value in options]
+        words = ", ".join(" ".join(map(str, [key, *values])) for key, values in options)
+        cells = [name_row(row), words.replace("_", " "), *describe_results(row)]
         lines.append([cell.replace("|", "\\|") for cell in cells])
     widths = [max(map(len, column)) for column in zip(*lines)]
     lines.insert(1, ["-" * w if i < 2 else "-" * (w - 1) + ":" for i, w in enumerate(widths)])
@@ -144,49 +124,30 @@ def tabulate(rows):
     return "".join(f"| {' | '.join(map(format, line, formats))} |\n" for line in lines)
 
 
-def _make_cells(row):
+def describe_results(row):
     """Return a row's cells in the table from "parameters" on."""
-    row = choose_settled(row)
-    reported, parameters, values = (
-        row[0]["reported"],
-        row[0].get("parameters"),
-        last_accuracies(row),
-    )
-    cells = [
-        f"{parameters:,}" if isinstance(parameters, int) else "",
-        ", ".join(f"{figure:.2f} %" for figure in reported),
-    ]
+    reported, values = row[0]["reported"], last_accuracies(row)
+    cells = [f"{row[0]['parameters']:,}", ", ".join(f"{x:.2f} %" for x in reported)]
     if not values:
         return [*cells, "no epoch yet" + note_unfinished(row), "", ""]
     mean = statistics.fmean(values)
-    result = f"{mean:.2f} %"
+    result, difference = f"{mean:.2f} %", ", ".join(f"{mean - x:+.2f}" for x in reported)
     if len(values) > 1:
         result += f" ± {statistics.stdev(values):.2f} (n = {len(values)})"
-    held_out = row[0]["config"].get("holdout") and not all("test" in run for run in row)
-    result += " on held-out images" if held_out else ""
-    difference = "" if held_out else ", ".join(f"{mean - figure:+.2f}" for figure in reported)
-    seconds = [sum(e["seconds"] for e in run["epochs"]) for run in row if run["epochs"]]
-    cells += [result + note_unfinished(row), difference, f"{statistics.fmean(seconds):,.1f}"]
-    return cells
+    if row[0]["config"].get("holdout") and not all("test" in run for run in row):
+        result, difference = f"{result} on held-out images", ""
+    seconds = statistics.fmean(sum(e["seconds"] for e in run["epochs"]) for run in row)
+    return [*cells, result + note_unfinished(row), difference, f"{seconds:,.1f}"]
 
 
-def _words(value):
-    """Return an option's value in words."""
-    if isinstance(value, list):
-        return " ".join(map(str, value)) or "none"
-    words = {"True": "yes", "False": "no", "None": "default"}
-    return words.get(str(value), str(value))
-
-
-def draw_run(row, title=None):
+def draw_run(row, title):
     """Return a Figure of a row, one run or several seeds: each metric per epoch, loss per batch."""
     batch_losses = [run["batch_losses"] for run in row if run["batch_losses"]]
     seeds = f", mean and range of {len(row)} seeds" if len(row) > 1 else ""
-    title = (title or name_row(row) + seeds) + note_unfinished(row)
     names = list_metrics(row)
     places = [[name, names[min(i + 1, len(names) - 1)]] for i, name in enumerate(names)][::2]
     places += [["batches", "batches"]] if batch_losses else []
-    figure = start_figure(title, 0.3 + 2.6 * len(places))
+    figure = start_figure(title + seeds + note_unfinished(row), 0.3 + 2.6 * len(places))
     axes = figure.subplot_mosaic(places)
     for name in names:
         draw_epochs(axes[name], row, name)
@@ -263,13 +224,12 @@ def draw_batches(axes, batch_losses):
     style(axes, "batch", "training loss")
 
 
-def draw_comparison(rows, title=None):
+def draw_comparison(rows, title):
     """Return a Figure of all rows: reported beside measured accuracy, accuracy over the epochs."""
-    notes = [note_unfinished(choose_settled(row)) for row in rows]
-    names = [textwrap.fill(name_row(row) + note, 36) for row, note in zip(rows, notes)]
+    names = [textwrap.fill(name_row(row) + note_unfinished(row), 36) for row in rows]
     lines = sum(name.count("\n") + 1 for name in names)
     heights = 1.2 + 0.2 * lines, max(3, 0.4 + 0.15 * lines)
-    figure = start_figure(title or "", sum(heights))
+    figure = start_figure(title, sum(heights))
     parts = figure.subfigures(2, 1, height_ratios=heights)
     dots, curves = (part.subplots() for part in parts)  # each as wide as its names allow
     draw_dots(dots, rows, names)
@@ -308,24 +268,6 @@ def spread(series):
     return [np.array([of(place) for place in places]) for of in (statistics.fmean, min, max)]
 
 
-def watch(args):
-    """Draw a run's curves whenever its history changes, until it is finished."""
-    (path,) = args.histories
-    run, drawn = {"finished": False}, None
-    while not run["finished"]:
-        changed = path.stat().st_mtime_ns
-        if changed != drawn:
-            run, drawn = read_history(path), changed
-            save(draw_run([run], args.title), choose_target(args, path, path.stem))
-        else:
-            time.sleep(WATCH_SECONDS)
-
-
-def choose_target(args, path, name):
-    """Return the file of a picture of that name, beside its history unless --out says else."""
-    return (args.out or path.parent) / f"{name}.{args.format}"
-
-
 def parse_args(argv=None):
     """Return the options. Wrong ones end in a line on stderr and exit code 2."""
     parser = argparse.ArgumentParser(
@@ -339,28 +281,23 @@ def parse_args(argv=None):
     formats = "of the pictures (default: %(default)s)"
     add("--format", choices=("png", "svg", "pdf"), default="png", help=formats)
     add("--title", help="of the picture; of several rows, of their comparison (default: the name)")
-    add("--watch", action="store_true", help="follow one run's curves until it is finished")
     args = parser.parse_args(argv)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # as device.py has it, which loads PyTorch
         parser.error("one process draws: start it without torchrun")
     args.histories = list(dict.fromkeys(args.histories))
-    if args.watch and len(args.histories) > 1:
-        parser.error(f"--watch follows one run, not {len(args.histories)}: give one history")
     return args
 
 
 def main(argv=None):
-    """Draw or watch what the options say; failures exit with 1 and a line each."""
+    """Draw what the options say; failures exit with 1 and a line each."""
     args = parse_args(argv)
-    with contextlib.suppress(AttributeError):  # where stdout is closed
-        sys.stdout.reconfigure(errors="backslashreplace")  # names may have any characters
     try:
-        problems = watch(args) if args.watch else draw_all(args)
+        problems = draw_all(args)
     except (OSError, ValueError) as error:
         sys.exit(f"plot.py: error: {error}")
     except KeyboardInterrupt:
-        sys.exit(0 if args.watch else 130)  # Ctrl-C is how a watch ends
-    sys.exit("\n".join(f"plot.py: error: {problem}" for problem in problems or ()) or 0)
+        sys.exit(130)
+    sys.exit("\n".join(f"plot.py: error: {problem}" for problem in problems) or 0)
 
 
 if __name__ == "__main__":

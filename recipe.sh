@@ -1,34 +1,36 @@
 #!/usr/bin/env bash
-# Goes past the report: `best` is a deeper network of the same blocks, trained as networks are now.
-# The other rows are what each part of that is worth: the network with none of the parts, with all,
-# with each alone, and with all but one. They leave the test images unseen.
+# Goes past the report: `best` is a network of the same blocks, trained as networks are now.
+# The other rows say what its parts are worth: the recipe without each of them, and other gates.
+# They leave the test images unseen.
 #
-#   bash recipe.sh best                                      # the network past the report
-#   bash recipe.sh parts-none parts-all                      # two of the others
-#   bash recipe.sh -- --arch 8 16 16 32 32 --epochs 4        # all, at a size for two CPU cores
+#   bash recipe.sh best                                   # the network past the report
+#   bash recipe.sh best -- --seed 1                       # beside seed 0, as best-seed1
+#   bash recipe.sh gate-mean gate-sigmoid                 # two of the others
+#   bash recipe.sh -- --arch 16 32 32 64 64 64 64 --epochs 8       # all, at a size for two CPU cores
 #
 # The rest is as in ablations.sh.
-network="--arch 64 64 128 128 256 256 512 512 --fc 1 --pool avg --batch-size 256 --epochs 30"
-parts=( # of the recipe, by name
-    "norm --norm batch"
-    "downsample --downsample"
+network="--arch 64 128 128 256 256 256 256 --downsample 2 4 6 --k 2 --fc 1 --norm batch"
+network+=" --optimizer sgd --lr 0.4 --momentum 0.9 --nesterov --batch-size 512 --epochs 16"
+parts=( # of the recipe, by name, that can be left out
     "residual --residual"
-    "crop-flip --augment crop flip"
-    "cutout --augment cutout"
+    "max-pool --pool max"
+    "logit-scale --logit-scale 0.125"
+    "init --init default"
+    "augment --augment crop flip"
     "smoothing --label-smoothing 0.1"
     "onecycle --schedule onecycle"
-    "sgd --optimizer sgd --lr 0.4 --momentum 0.9 --nesterov --weight-decay 5e-4"
-    "decay --no-bias-decay"
-    "ema --ema 0.99"
+    "decay --weight-decay 5e-4 --no-bias-decay"
 )
 recipe=
 for part in "${parts[@]}"; do recipe+=" ${part#* }"; done
 
-rows=("best $network $recipe" "parts-none $network --holdout 5000")
-rows+=("parts-all $network $recipe --holdout 5000")
+rows=("best $network $recipe" "all $network $recipe --holdout 5000")
 for part in "${parts[@]}"; do
-    name=${part%% *} options=${part#* }
-    rows+=("parts-only-$name $network $options --holdout 5000")
-    rows+=("parts-without-$name $network ${recipe/"$options"/} --holdout 5000")
+    rows+=("without-${part%% *} $network ${recipe/"${part#* }"/} --holdout 5000")
+done
+rows+=("k1 $network $recipe --k 1 --holdout 5000")
+rows+=("k3 $network $recipe --k 3 --holdout 5000")
+for gate in mean sigmoid; do
+    rows+=("gate-$gate $network $recipe --gate $gate --holdout 5000")
 done
 . "$(dirname "$(readlink -f "$0")")/ablations.sh"

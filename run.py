@@ -22,12 +22,14 @@ import sys
 import time
 import warnings
 import zipfile
+from datetime import timedelta
 from pathlib import Path
 
 import torch
+from torch.distributed import ReduceOp
 
 from data import CLASSES
-from device import RANK, WORLD_SIZE, all_reduce_max, all_reduce_sum, barrier, leave, print0
+from device import RANK, WORLD_SIZE, all_reduce, barrier, leave, print0
 from history import hyperparameters, read_history, round_loss, write_atomically, write_history
 from model import IMAGE_SIZE, build_model
 
@@ -73,13 +75,12 @@ class Run:
             self.path(".json").unlink(missing_ok=True)  # no kill leaves files of two runs
             self._write_checkpoint()
         self._write_history()
-        epoch, step = self.position
-        self.progress = Progress(epoch + step / len(self.batch_sizes), args.epochs, images)
         print0("\n" + HEADER)
         for epoch in self.history["epochs"]:
             print0(format_epoch(epoch, args.epochs))
 
     def path(self, suffix):
+        """Return the run's file with that suffix."""
         return self.args.out / (self.args.name + suffix)
 
     @property
@@ -91,14 +92,17 @@ class Run:
         """Note a batch's metrics, tensors of one number; save or stop if it is time to. `loss` and
         `correct` are of this process's images and added up; others are the same in each process.
         Raises Stop if the loss is NaN or infinite, or a signal came."""
-        loss, correct = all_reduce_sum(torch.stack([loss.detach(), correct])).unbind()
+        loss, correct = all_reduce(torch.stack([loss.detach(), correct])).unbind()
         for name, value in {"loss": loss, "correct": correct, **metrics}.items():
             self.metrics.setdefault(name, []).append(value.detach())
         self.lr, done = lr, step + 1
         if loss.is_cpu or done % LOOK_EVERY == 0 or done == len(self.batch_sizes):
-            self._check_losses(epoch, done)
+            recent = torch.stack(self.metrics["loss"][-LOOK_EVERY:]).tolist()
+            for batch, value in enumerate(recent, start=done - len(recent) + 1):
+                if not math.isfinite(value):
+                    self._stop(f"the loss is {value} at epoch {epoch + 1}, batch {batch}")
             self.trained_at = time.monotonic()
-            self.progress.show(epoch, done, len(self.batch_sizes))
+            self._show_progress(epoch, done)
             self._save_or_stop(loss.device)
 
     def watch(self, batches):
@@ -123,12 +127,12 @@ class Run:
         line |= {"images_per_second": images / (self.trained_at - self.began)}
         for name, value in line.items():
             if not math.isfinite(value):
-                self._stop_at(f"{name} is {value} after epoch {epoch + 1}")
+                self._stop(f"{name} is {value} after epoch {epoch + 1}")
         self.history["epochs"].append(line)
         self.history["batch_losses"] += losses
         self.metrics, self.began = {}, now
         self._write_history()
-        self.progress.clear()
+        clear_progress()
         print0(format_epoch(line, self.args.epochs))
 
     def finish(self):
@@ -139,7 +143,7 @@ class Run:
             try:
                 self._write_checkpoint(resumable=self.args.schedule == "none")
             except OSError as error:
-                reason = f"no weights written ({error}); {self._say_how_to_go_on()}"
+                reason = f"no weights written ({error}); {format_resume()}"
                 raise Stop(reason, 1) from error
         self._write_history()
         leave()
@@ -157,16 +161,9 @@ class Run:
             self.lr, self.began = saved["state"]["lr"], self.began - saved["state"]["seconds"]
             saved.clear()  # its memory is needed
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise ValueError(f"{self.path('.pt')} is of another run ({reason})") from error
+            raise ValueError(f"{self.path('.pt')} is of another run ({explain(error)})") from error
         # A resumed run steps its scheduler before this process has trained.
         warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
-
-    def _check_losses(self, epoch, done):
-        recent = torch.stack(self.metrics["loss"][-LOOK_EVERY:]).tolist()
-        for batch, loss in enumerate(recent, start=done - len(recent) + 1):
-            if not math.isfinite(loss):
-                self._stop_at(f"the loss is {loss} at epoch {epoch + 1}, batch {batch}")
 
     def _write_history(self):
         if RANK == 0:
@@ -175,6 +172,7 @@ class Run:
     def _write_checkpoint(self, resumable=True):
         model, ema = self.parts["model"], self.parts.get("ema")
         checkpoint = {
+            "format": FORMAT,
             "config": self.config,
             "precision": self.history["environment"]["precision"],
             "history": json.dumps(self.history),
@@ -185,47 +183,48 @@ class Run:
             metrics = {name: torch.stack(values).cpu() for name, values in self.metrics.items()}
             seconds = time.monotonic() - self.began
             checkpoint["state"] |= {"metrics": metrics, "lr": self.lr, "seconds": seconds}
-        write_checkpoint(self.path(".pt"), checkpoint)
+        try:
+            write_atomically(self.path(".pt"), lambda file: torch.save(checkpoint, file))
+        except RuntimeError as error:  # so torch.save says that the file could not be written
+            reason = str(error.__context__ or error).partition("\n")[0]
+            raise OSError(f"{self.path('.pt')}: {reason}") from error
 
     def _on_signal(self, number, frame):
         self.signal = number
 
     def _save_or_stop(self, device):
         """Save the run if it is time to; if a signal came, to whichever process, stop it."""
-        number = all_reduce_max(self.signal, device)  # later ones wait for the next batch
+        number = all_reduce(torch.tensor(self.signal, device=device), ReduceOp.MAX).item()
         if not number and time.monotonic() - self.saved_at < self.save_seconds:
             return
-        began = time.monotonic()
-        saved = RANK > 0 or self._save()
+        began, go_on = time.monotonic(), format_resume()
+        if RANK == 0:
+            try:
+                self._write_checkpoint()
+            except OSError as error:
+                clear_progress()
+                print(f"train.py: warning: the state is not saved: {error}", file=sys.stderr)
+                go_on = f"nothing could be saved now; {go_on}"
         self.saved_at = time.monotonic()
         # The state of the report's final model is 1.9 GB: where disks are slow, save it seldom.
         self.save_seconds = max(SAVE_SECONDS, 40 * (self.saved_at - began))
         if number:
-            self.progress.clear()
-            lost = "" if saved else "nothing could be saved now; "
-            name = signal.Signals(number).name
-            raise Stop(f"{name}: {lost}{self._say_how_to_go_on()}", 128 + number)
+            clear_progress()
+            raise Stop(f"{signal.Signals(number).name}: {go_on}", 128 + number)
 
-    def _save(self):
-        """Save what the run needs to go on; return whether that was possible."""
-        weights = self.parts["model"].state_dict().values()
-        if not all(tensor.isfinite().all() for tensor in weights):
-            return False  # the last good state stays
-        try:
-            self._write_checkpoint()
-        except OSError as error:
-            self.progress.clear()
-            print(f"train.py: warning: the state is not saved: {error}", file=sys.stderr)
-            return False
-        return True
-
-    def _stop_at(self, what):
-        self.progress.clear()
+    def _stop(self, what):
+        clear_progress()
         raise Stop(f"{what}, learning rate {self.lr:g}: try a lower --lr", 1)
 
-    def _say_how_to_go_on(self):
-        words = [word for word in sys.argv if word not in ("--resume", "--overwrite")]
-        return f"go on with {format_command([*words, '--resume'])}"
+    def _show_progress(self, epoch, done):
+        """Rewrite a line on the terminal: how far the run is and how long it still takes."""
+        if on_terminal():
+            share, seconds = done / len(self.batch_sizes), time.monotonic() - self.began
+            rate = sum(self.batch_sizes[:done]) / seconds
+            left = format_seconds((self.args.epochs - epoch - share) * seconds / share)
+            place = f"{epoch + 1:>3}/{self.args.epochs}  batch {done}/{len(self.batch_sizes)}"
+            line = f"{place}  {rate:,.0f} images/s  {left} left"
+            print(f"\r{line:<78}", end="", file=sys.stderr, flush=True)
 
 
 def find_run(args):
@@ -295,17 +294,8 @@ def claim(out, name):
         yield
 
 
-def write_checkpoint(path, checkpoint):
-    """Save a dict of tensors and plain values. OSError as the disk says; what was there stays."""
-    try:
-        write_atomically(path, lambda file: torch.save({"format": FORMAT} | checkpoint, file))
-    except RuntimeError as error:  # so torch.save says that the file could not be written
-        reason = str(error.__context__ or error).partition("\n")[0]
-        raise OSError(f"{path}: {reason}") from error
-
-
 def load_checkpoint(path):
-    """Return what write_checkpoint saved, with `config`, `weights` and the rest. Nothing in it is
+    """Return what a run saved, a dict with `config`, `weights` and the rest. Nothing in it is
     run, and every part has to match its checksum. OSError or ValueError say what is wrong."""
     path = Path(path)
     path.open("rb").close()  # missing or unreadable is told as that
@@ -323,8 +313,9 @@ def load_checkpoint(path):
         if sum(tensor.numel() * tensor.element_size() for tensor in tensors) > path.stat().st_size:
             raise ValueError("its weights are larger than the file")
     except Exception as error:  # a damaged file can make the readers raise nearly anything
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        raise ValueError(f"{path} is not a whole checkpoint of train.py ({reason})") from error
+        raise ValueError(
+            f"{path} is not a whole checkpoint of train.py ({explain(error)})"
+        ) from error
     return checkpoint
 
 
@@ -343,10 +334,11 @@ def rebuild(checkpoint, path):
         with torch.device("meta"):  # without memory, whatever the config says
             model = build_model(config, len(CLASSES[config["dataset"]]))
         model.load_state_dict(weights, assign=True)
-        model.requires_grad_(False).eval()(torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE))
+        model.float().requires_grad_(False).eval()(torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE))
     except Exception as error:  # a config can hold anything
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        raise ValueError(f"{path}: its weights do not fit its options ({reason})") from error
+        raise ValueError(
+            f"{path}: its weights do not fit its options ({explain(error)})"
+        ) from error
     return model
 
 
@@ -355,6 +347,12 @@ def format_command(words):
     processes = os.environ.get("LOCAL_WORLD_SIZE", "1")
     torchrun = ["torchrun", "--standalone", f"--nproc-per-node={processes}"]
     return shlex.join([*(torchrun if WORLD_SIZE > 1 else ["python"]), *words])
+
+
+def format_resume():
+    """Return what to do when this process has stopped."""
+    words = [word for word in sys.argv if word not in ("--resume", "--overwrite")]
+    return f"go on with {format_command([*words, '--resume'])}"
 
 
 def format_epoch(epoch, epochs):
@@ -368,33 +366,21 @@ def format_epoch(epoch, epochs):
 
 
 def format_seconds(seconds):
-    """Return seconds as 4.2s, 3m20s or 2h05m."""
-    minutes, rest = divmod(round(seconds), 60)
-    if not minutes:
-        return f"{seconds:.1f}s" if seconds < 10 else f"{rest}s"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{rest:02}s"
+    """Return seconds as hours, minutes and seconds: 0:03:20."""
+    return str(timedelta(seconds=round(seconds)))
 
 
-class Progress:
-    """One line on the terminal, rewritten; nothing where stderr is a log or a pipe. `start` is how
-    many epochs were done when this process began, in part, too; `end` the whole run's."""
+def on_terminal():
+    """Whether there is a terminal for a line of progress, and not a log or a pipe."""
+    return RANK == 0 and sys.stderr is not None and sys.stderr.isatty()
 
-    def __init__(self, start, end, images_per_epoch):
-        self.start, self.end, self.images_per_epoch = start, end, images_per_epoch
-        self.began = time.monotonic()
-        self.on_terminal = RANK == 0 and sys.stderr is not None and sys.stderr.isatty()
 
-    def show(self, epoch, step, steps):
-        """Show how far the epoch is, how fast it goes and how long the whole run still takes."""
-        done = epoch + step / steps
-        if self.on_terminal and done > self.start:
-            speed = (done - self.start) / (time.monotonic() - self.began)  # epochs per second
-            rate, left = self.images_per_epoch * speed, format_seconds((self.end - done) / speed)
-            line = f"{epoch + 1:>3}/{self.end}  batch {step}/{steps}  {rate:,.0f} images/s"
-            print(f"\r{f'{line}  {left} left':<78}", end="", file=sys.stderr, flush=True)
+def clear_progress():
+    """Make room for a line that stays."""
+    if on_terminal():
+        print(f"\r{'':<78}\r", end="", file=sys.stderr, flush=True)
 
-    def clear(self):
-        """Make room for a line that stays."""
-        if self.on_terminal:
-            print(f"\r{'':<78}\r", end="", file=sys.stderr, flush=True)
+
+def explain(error):
+    """Return an exception's type and text as one line that is not too long."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

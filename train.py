@@ -16,7 +16,6 @@ import contextlib
 import inspect
 import math
 import sys
-from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -30,23 +29,22 @@ from data import AUGMENTATIONS, CLASSES, derive_seed, load_split
 from device import (
     PRECISIONS,
     RANK,
-    WORLD_SIZE,
-    all_reduce_sum,
+    SHARE,
+    all_reduce,
     autocast,
     barrier,
     choose_device,
+    choose_precision,
+    describe_environment,
     distribute,
-    environment,
-    precision_on,
     print0,
 )
-from history import hyperparameters, to_path
+from history import to_path
 from model import DEFAULTS, GATES, build_model, count_macs, predict
 from run import Run, Stop, claim, find_run, is_finished
 
 OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}
-SHARE = slice(RANK, None, WORLD_SIZE)  # this process's images of every batch
-MOST_HALVINGS = 4  # 32x32 to 2x2: batch statistics of a single image need more than one pixel
+MOST_HALVINGS = 5  # 32x32 to a single pixel
 RESERVED = ("-test", "-gates", "-wrong", "-predictions")  # endings of a run's pictures
 
 
@@ -55,7 +53,7 @@ def train(args, saved):
     Raises Stop if it ends early; OSError and ValueError say why it cannot begin."""
     device = choose_device(args.device)
     # On whatever CPU, a run goes on in the precision that it began in.
-    precision = saved["precision"] if saved else precision_on(device, args.precision)
+    precision = saved["precision"] if saved else choose_precision(device, args.precision)
     amp, fast.FORM = autocast(device, precision), args.mix
     train_set, validation_set = load_data(args, device)
     model = make_model(args, len(train_set.classes), device, precision)
@@ -103,7 +101,7 @@ def validate(model, batches, amp):
     loss = F.cross_entropy(logits, labels, reduction="sum")
     correct = (logits.argmax(1) == labels).sum()
     sums = torch.stack([loss, correct, torch.full_like(loss, len(labels))])
-    loss, correct, images = all_reduce_sum(sums).tolist()
+    loss, correct, images = all_reduce(sums).tolist()
     return {"val_loss": loss / images, "val_accuracy": 100 * correct / images}
 
 
@@ -120,11 +118,7 @@ def load_data(args, device):
 def make_model(args, classes, device, precision):
     """Return the network of the options, initialised from the seed alone, on the device."""
     torch.manual_seed(args.seed)
-    try:
-        model = build_model(vars(args), classes).to(device)
-    except (RuntimeError, OverflowError, TypeError) as error:  # too large for memory, or numbers
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"no model with --arch {args.arch} here: {reason}") from error
+    model = build_model(vars(args), classes).to(device)
     return model.to(memory_format=fast.memory_format(device, precision))
 
 
@@ -148,10 +142,11 @@ def make_optimizer(model, args):
 
 def make_scheduler(optimizer, args, steps):
     """Return PyTorch's scheduler of args.epochs epochs, stepped with each; "onecycle" with each
-    step: up to args.lr in the first 30 % of the run, then down to nearly nothing (Smith and Topin
+    step: up to args.lr in the first fifth of the run, then down to nearly nothing (Smith and Topin
     2017)."""
     if args.schedule == "onecycle":
-        return OneCycleLR(optimizer, args.lr, args.epochs * steps, cycle_momentum=False)
+        options = {"pct_start": 0.2, "anneal_strategy": "linear", "cycle_momentum": False}
+        return OneCycleLR(optimizer, args.lr, args.epochs * steps, **options)
     if args.schedule == "cosine":
         return CosineAnnealingLR(optimizer, args.epochs)
     return ConstantLR(optimizer, factor=1)
@@ -166,7 +161,10 @@ def make_ema(model, args):
 
 def describe_run(model, device, precision):
     """Return what a history says of the model and where it trains; print it, too."""
-    where, parameters = environment(device, precision), sum(p.numel() for p in model.parameters())
+    where, parameters = (
+        describe_environment(device, precision),
+        sum(p.numel() for p in model.parameters()),
+    )
     macs = count_macs(model)
     print0(f"{parameters:,} parameters, {macs:,} multiply-accumulates an image")
     print0(f"on {where['device']}, {precision}")
@@ -177,17 +175,13 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     """Shows every default, and the examples as they are written."""
 
 
-def number(kind, low, high=math.inf, above=False):
-    """Return an argparse type: a finite int64 or float of at least low (`above`: more), at most
-    high."""
-    high = min(high, 2**63 - 1) if kind is int else high
+def number(kind, low, high=2**31):
+    """Return an argparse type: an int or float from low to high."""
 
     def parse(text):
         value = kind(text)
-        if not low <= value <= high or value == math.inf or (above and value == low):
-            least = f"more than {low}" if above else f"at least {low}"
-            most = f" and at most {high}" if high < math.inf else ""
-            raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {least}{most}")
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
         return value
 
     parse.__name__ = kind.__name__  # what argparse calls it where kind(text) fails
@@ -217,18 +211,25 @@ def parse_args(argv=None):
     add("--gate", choices=GATES, help="activation of the coefficients")
     add("--block-relu", action=on_off, help="ReLU after a block")
     add("--norm", choices=("none", "batch"), help="batch normalisation of the blocks' sums")
-    add("--downsample", action=on_off, help="max pooling where the width of blocks changes")
-    add("--residual", action=on_off, help="add a block's input where it keeps the width")
-    add("--pool", choices=("adaptive", "avg"), help="AdaptiveAvgPool2d(8) or AvgPool2d(8)")
+    halves = {"type": positive, "nargs": "+", "metavar": "N"}
+    add(
+        "--downsample",
+        **halves,
+        help="max pooling in these blocks, counted from 1, before the norm",
+    )
+    add("--residual", action=on_off, help="add a block's input where the output is as large")
+    pools = "AdaptiveAvgPool2d(8), AvgPool2d(8), or the largest of the whole image"
+    add("--pool", choices=("adaptive", "avg", "max"), help=pools)
     add("--fc", type=positive, help="number of fully connected layers")
     add("--hidden", type=positive, help="units of each hidden one")
     add("--dropout", type=fraction, help="probability, after each hidden layer")
+    add("--logit-scale", type=number(float, 0), help="what the last layer's outputs are times")
     add("--init", choices=("he", "default"), help="initialisation: He's or PyTorch's default")
     parser.set_defaults(**DEFAULTS)
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--optimizer", choices=OPTIMIZERS, default="adamw", help="PyTorch's own")
-    add("--lr", type=number(float, 0, above=True), default=0.001, help="learning rate")
+    add("--lr", type=number(float, 0), default=0.001, help="learning rate")
     add("--weight-decay", type=number(float, 0), help="None: the optimiser's own default")
     add("--bias-decay", action=on_off, default=True, help="weight decay of biases and norms, too")
     add("--momentum", type=fraction, help="of sgd; None: PyTorch's default, 0")
@@ -241,7 +242,7 @@ def parse_args(argv=None):
     add("--epochs", type=positive, default=15, help="passes over the training images")
 
     add = parser.add_argument_group("run").add_argument
-    add("--name", help="of its files, with -seedN for a seed other than 0; None: from the options")
+    add("--name", help="of its files, with -seedN for a seed other than 0; None: data set, arch, k")
     add("--out", type=to_path, default="runs", help="folder for them")
     add("--seed", type=natural, default=0, help="seed of everything random")
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps ...; auto: cuda if there is one")
@@ -255,25 +256,10 @@ def parse_args(argv=None):
     add("--reported", nargs="+", default=[], **percent, help="published accuracies")
     args = parser.parse_args(argv)
     args.augment = [name for name in AUGMENTATIONS if name in args.augment]  # each once, in order
-    args.name = make_name(args, parser)
+    args.name = args.name or "-".join(map(str, [args.dataset, *args.arch, f"k{args.k}"]))
+    args.name += f"-seed{args.seed}" if args.seed else ""
     refuse_contradictions(args, parser)
     return args
-
-
-def make_name(args, parser):
-    """Return the name that is given, or data set, arch, k and what else is not the default, as in
-    shapes-16-32-k3-epochs-2; with -seedN where the seed is not 0."""
-    parts = [args.name]
-    if args.name is None:
-        parts = [args.dataset, *map(str, args.arch), f"k{args.k}"]
-        for option, value in hyperparameters(vars(args)).items():
-            told = option in ("dataset", "arch", "k", "seed")
-            if not told and value != parser.get_default(option):
-                words = value if isinstance(value, list) else [value]
-                parts.append("-".join([option.replace("_", "-"), *map(str, words)]))
-    if args.seed:
-        parts.append(f"seed{args.seed}")
-    return "-".join(parts)
 
 
 def refuse_contradictions(args, parser):
@@ -285,19 +271,18 @@ def refuse_contradictions(args, parser):
         parser.error(f"--name {args.name!r}: another run's picture is called so")
     if args.resume and args.overwrite:
         parser.error("--resume goes on with a run and --overwrite replaces it: give one of them")
-    accepted = inspect.signature(OPTIMIZERS[args.optimizer]).parameters
-    for name, value in (("momentum", args.momentum), ("nesterov", args.nesterov or None)):
-        if value is not None and name not in accepted:
-            parser.error(f"--{name} is not for --optimizer {args.optimizer}: try sgd")
-    if args.nesterov and not args.momentum:
-        parser.error("--nesterov needs a --momentum above 0: give that")
-    halvings = sum(before != after for before, after in pairwise(args.arch))
-    if args.downsample and halvings > MOST_HALVINGS:
-        widths = " ".join(map(str, args.arch))
+    if len(set(args.downsample)) > MOST_HALVINGS or max(args.downsample, default=0) > len(
+        args.arch
+    ):
+        numbers = " ".join(map(str, args.downsample))
         parser.error(
-            f"--downsample halves at most {MOST_HALVINGS} times; the widths of --arch {widths} "
-            f"change {halvings} times"
+            f"--downsample {numbers}: --arch has blocks 1 to {len(args.arch)}, at most "
+            f"{MOST_HALVINGS} of which can halve the images"
         )
+    try:
+        make_optimizer(nn.Linear(1, 1), args)
+    except (TypeError, ValueError) as error:  # such as a momentum that it does not take
+        parser.error(f"--optimizer {args.optimizer}: {error}")
 
 
 def main(argv=None):
@@ -320,7 +305,7 @@ def main(argv=None):
         reason = str(error).partition("\n")[0][:200]
         if not args.compile and not any(word in reason for word in ("memory", "alloc")):
             raise
-        advice = "without --compile" if args.compile else "a smaller --batch-size"
+        advice = "without --compile" if args.compile else "a smaller network or --batch-size"
         sys.exit(f"train.py: error: {reason}: try {advice}")
     except KeyboardInterrupt:  # before the first batch
         sys.exit(130)

@@ -59,42 +59,85 @@ def trained(calls):
 
 
 FINAL = {
-    "dataset": "cifar10", "batch_size": 128, "arch": [64, 128, 256, 512], "k": 3, "gate": "softmax",
-    "block_relu": True, "pool": "adaptive", "fc": 3, "hidden": 4096, "dropout": 0.5, "init": "he",
-    "optimizer": "adamw", "lr": 0.001, "weight_decay": None, "schedule": "cosine", "epochs": 15,
-    "holdout": 0, "augment": [], "seed": 0, "norm": "none", "downsample": False, "residual": False,
-    "momentum": None, "nesterov": False, "bias_decay": True, "label_smoothing": 0.0, "ema": None,
-}  # fmt: skip
+    "dataset": "cifar10",
+    "batch_size": 128,
+    "arch": [64, 128, 256, 512],
+    "k": 3,
+    "gate": "softmax",
+    "block_relu": True,
+    "pool": "adaptive",
+    "fc": 3,
+    "hidden": 4096,
+    "dropout": 0.5,
+    "init": "he",
+    "optimizer": "adamw",
+    "lr": 0.001,
+    "weight_decay": None,
+    "schedule": "cosine",
+    "epochs": 15,
+    "holdout": 0,
+    "augment": [],
+    "seed": 0,
+    "norm": "none",
+    "downsample": [],
+    "residual": False,
+    "logit_scale": 1.0,
+    "momentum": None,
+    "nesterov": False,
+    "bias_decay": True,
+    "label_smoothing": 0.0,
+    "ema": None,
+}
 EARLY = {"init": "default", "schedule": "none", "epochs": 30}
-NETWORK = {"arch": [64, 64, 128, 128, 256, 256, 512, 512], "fc": 1, "pool": "avg",
-           "batch_size": 256, "epochs": 30}  # fmt: skip
+NETWORK = {
+    "arch": [64, 128, 128, 256, 256, 256, 256],
+    "downsample": [2, 4, 6],
+    "k": 2,
+    "fc": 1,
+    "norm": "batch",
+    "optimizer": "sgd",
+    "lr": 0.4,
+    "momentum": 0.9,
+    "nesterov": True,
+    "batch_size": 512,
+    "epochs": 16,
+}
 PARTS = {
-    "norm": {"norm": "batch"}, "downsample": {"downsample": True}, "residual": {"residual": True},
-    "crop-flip": {"augment": ["crop", "flip"]}, "cutout": {"augment": ["cutout"]},
-    "smoothing": {"label_smoothing": 0.1}, "onecycle": {"schedule": "onecycle"},
-    "sgd": {"optimizer": "sgd", "lr": 0.4, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4},
-    "decay": {"bias_decay": False}, "ema": {"ema": 0.99},
-}  # fmt: skip
+    "residual": {"residual": True},
+    "max-pool": {"pool": "max"},
+    "logit-scale": {"logit_scale": 0.125},
+    "init": {"init": "default"},
+    "augment": {"augment": ["crop", "flip"]},
+    "smoothing": {"label_smoothing": 0.1},
+    "onecycle": {"schedule": "onecycle"},
+    "decay": {"weight_decay": 5e-4, "bias_decay": False},
+}
 
 
 def recipe(*names):
-    options = {key: value for name in names for key, value in PARTS[name].items()}
-    augment = [word for name in names for word in PARTS[name].get("augment", [])]
-    return options | ({"augment": augment} if augment else {})
+    return NETWORK | {key: value for name in names for key, value in PARTS[name].items()}
 
 
-RECIPE = recipe(*PARTS)
+RECIPE = recipe(*PARTS) | {"holdout": 5000}
 REPORT = {
-    "row1": EARLY | {"arch": [64, 128, 256], "k": 2, "block_relu": False, "fc": 1, "pool": "avg",
-                     "reported": [52.0]},
+    "row1": EARLY
+    | {
+        "arch": [64, 128, 256],
+        "k": 2,
+        "block_relu": False,
+        "fc": 1,
+        "pool": "avg",
+        "reported": [52.0],
+    },
     "row2": EARLY | {"arch": [64, 128, 256], "k": 2, "fc": 1, "reported": [72.0]},
     "row3": EARLY | {"reported": [82.01]},
     "row4": EARLY | {"arch": [16, 8, 4], "fc": 1, "reported": [61.0]},
     "row5": EARLY | {"dropout": 0.0, "epochs": 15, "reported": [79.34]},
     "final": {"reported": [82.97, 82.84]},
     "sgd": {"optimizer": "sgd", "reported": [10.0]},
-    "adam": {"optimizer": "adam", "reported": []}, "gate-relu": {"gate": "relu", "reported": []},
-}  # fmt: skip
+    "adam": {"optimizer": "adam", "reported": []},
+    "gate-relu": {"gate": "relu", "reported": []},
+}
 
 
 def test_every_row_has_the_reports_options(replay):
@@ -159,18 +202,19 @@ def test_another_seed_is_another_run_beside_the_first(replay, tmp_path):
     assert calls[-1][1:] == [str(tmp_path / f"{name}.json") for name in both]
 
 
-def test_the_recipe_is_trained_and_each_part_of_it_tried_alone_and_left_out(replay):
-    arguments = ("--", "--arch", "8", "8", "--seed", "1")
-    result, calls = replay(*arguments, script=ROOT / "recipe.sh")
+def test_the_recipe_is_trained_and_each_part_left_out_and_other_gates(replay):
+    result, calls = replay("--", "--arch", *"8888888", "--seed", "1", script=ROOT / "recipe.sh")
     assert result.returncode == 0, result.stderr
-    expected = {"best": RECIPE | {"holdout": 0}, "parts-none": {}, "parts-all": RECIPE}
+    expected = {"best": RECIPE | {"holdout": 0}, "all": RECIPE}
     for name in PARTS:
-        expected[f"parts-only-{name}"] = PARTS[name]
-        expected[f"parts-without-{name}"] = recipe(*(other for other in PARTS if other != name))
+        others = recipe(*(other for other in PARTS if other != name))
+        expected[f"without-{name}"] = others | {"holdout": 5000}
+    expected |= {"k1": RECIPE | {"k": 1}, "k3": RECIPE | {"k": 3}}
+    expected |= {f"gate-{gate}": RECIPE | {"gate": gate} for gate in ("mean", "sigmoid")}
     runs = trained(calls)
     assert list(runs) == [f"{name}-seed1" for name in expected]
     for args, options in zip(runs.values(), expected.values()):
-        options = FINAL | NETWORK | {"holdout": 5000} | options | {"arch": [8, 8], "seed": 1}
+        options = FINAL | options | {"arch": [8] * 7, "seed": 1}
         assert {key: getattr(args, key) for key in options} == options, args.name
 
 

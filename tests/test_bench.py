@@ -1,4 +1,3 @@
-import contextlib
 import json
 from unittest.mock import Mock
 
@@ -6,8 +5,9 @@ import pytest
 import torch
 
 import bench
-import fast
 from model import Block
+
+CPU = torch.device("cpu")
 
 
 def test_the_textbook_block_computes_what_ours_does():
@@ -21,39 +21,35 @@ def test_the_textbook_block_computes_what_ours_does():
     torch.testing.assert_close(textbook(images), ours(images))
 
 
-class Inline(contextlib.ExitStack):  # instead of a process of its own
+class Inline:  # instead of a process of its own
     def submit(self, function, *arguments):
         if function is bench.prepare:
-            self.step = arguments[0](*arguments[1:])
+            self.step = arguments[0]()
             return Mock()
-        if function is bench.time_step:
-            return Mock(result=self.step)
-        return Mock(result=lambda: function(*arguments))
+        return Mock(result=lambda: self.step())
 
 
-def test_two_forms_are_timed_in_turn(capsys):
-    calls, ours, textbook = [], iter([2, 2, 1]), iter([4, 6, 8])
+def test_forms_are_timed_in_turn(monkeypatch, capsys):
+    monkeypatch.setattr(bench, "TURNS", 3)
+    calls, seconds = [], {"ours": [2, 2, 1], "textbook": [4, 6, 8]}
 
-    def build(name, seconds):
-        return lambda: calls.append(name) or next(seconds)
+    def build(name):
+        left = iter(seconds[name])
+        return lambda: lambda: calls.append(name) or next(left)
 
-    forms = (build, "ours", ours), (build, "textbook", textbook)
-    row = bench.compare("x", *forms, "textbook", (Inline(), Inline()), turns=3)
+    row = bench.compare("x", {name: build(name) for name in seconds}, (Inline(), Inline()))
     assert calls == ["ours", "textbook"] * 3
-    figures = {"seconds": 2, "other_seconds": 6, "ratio": 3, "ratio_min": 2, "ratio_max": 8}
-    assert row == {"what": "x", "against": "textbook"} | figures
-    assert "3.00 (2.00 to 8.00)" in capsys.readouterr().out
+    assert row == {"what": "x", "seconds": seconds}
+    title, ours, textbook = capsys.readouterr().out.splitlines()
+    assert (title, ours.split()) == ("x", ["ours", "2000.00", "ms"])
+    assert textbook.split() == ["textbook", "6000.00", "ms", "3.00", "(2.00", "to", "8.00)"]
 
 
-def test_the_form_that_is_chosen_is_marked(monkeypatch, capsys):
-    monkeypatch.setattr(bench, "build_block", lambda *arguments: lambda: len(arguments[-1]))
-    row = bench.compare_forms((8, 4, 16, 3), 2, torch.device("cpu"), "float32", Inline())
-    assert row["chosen"] == "outputs"
-    assert row["seconds"] == {form: len(form) for form in fast.FORMS}
-    line = capsys.readouterr().out
-    assert line.startswith("8 to 4, 16x16, k = 3")
-    assert line.count("*") == 1
-    assert "7000.00*" in line
+def test_the_chosen_form_comes_first_and_all_are_there():
+    comparisons = dict(bench.list_comparisons(("form",), CPU, "float32"))
+    names = comparisons["8 to 4, 32x32, k = 3, batch 32"]
+    assert list(names) == ["outputs", "inputs", "kernels", "one convolution's as a product"]
+    assert next(iter(comparisons["64 to 128, 32x32, k = 3, batch 32"])) == "kernels"
 
 
 @pytest.mark.parametrize("seconds, calls", [(1, 5), (6, 2), (30, 1)])
@@ -65,25 +61,23 @@ def test_a_form_is_warmed_up_by_five_calls_or_ten_seconds(monkeypatch, seconds, 
 
 
 def test_the_results_are_written_as_json(monkeypatch, tmp_path):
-    monkeypatch.setattr(bench, "compare", lambda what, *_: what)
-    monkeypatch.setattr(bench, "compare_forms", lambda shape, *_: f"form {shape}")
-    bench.main(["--device", "cpu", "--json", str(tmp_path / "new" / "cpu.json")])
+    monkeypatch.setattr(bench, "compare", lambda what, forms, workers: [what, *forms])
+    bench.main(["--device", "cpu", "--json", str(tmp_path / "new" / "cpu.json"), "--only", "step"])
     report = json.loads((tmp_path / "new" / "cpu.json").read_text())
     assert f"{torch.get_num_threads()} threads" in report["device"]
-    parts = {what.split()[0] for what in report["results"]}
-    assert parts == {"form", "the", "training"}
+    assert report["results"][0][0] == "training step of row 4, batch 128"
+    assert report["results"][0][-1] == "textbook, float32"
 
 
 @pytest.mark.parametrize("textbook", [False, True])
 def test_a_training_step_trains(monkeypatch, textbook):
-    options = {"arch": [4, 4, 8], "fc": 1, "norm": "batch", "downsample": True, "residual": True}
+    options = {"arch": [4, 4, 8], "fc": 1, "norm": "batch", "downsample": [2], "residual": True}
     monkeypatch.setattr(bench, "ROWS", {"tiny": (options, 8)})
-    step = bench.build_training("tiny", torch.device("cpu"), "float32", textbook)
+    step = bench.build_training("tiny", CPU, "float32", textbook)
     losses = [step() for _ in range(20)]
     assert losses[-1] < losses[0]
 
 
-def test_every_form_can_be_built_and_run():
-    cpu = torch.device("cpu")
-    bench.build_block(4, 8, 8, 3, 2, cpu, "bfloat16", "kernels")()
-    bench.build_backbone(1, cpu, "bfloat16")()
+def test_blocks_and_products_can_be_built_and_run():
+    bench.build_block("kernels", (4, 8, 8, 3), 2, CPU, "bfloat16")()
+    assert bench.build_product(2 * 2048**2, CPU, "bfloat16")().shape == (2048, 3)

@@ -1,6 +1,3 @@
-import warnings
-from unittest.mock import Mock
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -100,8 +97,8 @@ def test_batches_from_a_start_are_the_later_ones_of_the_epoch():
 
 def test_a_crop_cuts_each_image_out_of_its_padded_self():
     images = torch.randint(1, 256, (300, 3, 32, 32), dtype=torch.uint8)
-    cropped = data.augment_batch(images, ("crop",), torch.Generator().manual_seed(0))
-    padded = F.pad(images, (4, 4, 4, 4))
+    cropped = data.crop(images, torch.Generator().manual_seed(0))
+    padded = F.pad(images.float(), (4, 4, 4, 4), mode="reflect")
     places = set()
     for image, result in zip(padded, cropped):
         windows = image.unfold(1, 32, 1).unfold(2, 32, 1)  # (3, 9, 9, 32, 32)
@@ -113,7 +110,7 @@ def test_a_crop_cuts_each_image_out_of_its_padded_self():
 
 def test_cutout_blackens_a_square_around_a_random_pixel_of_each_image():
     images = torch.randint(1, 256, (300, 3, 32, 32), dtype=torch.uint8)
-    cut = data.augment_batch(images, ("cutout",), torch.Generator().manual_seed(0))
+    cut = data.cutout(images, torch.Generator().manual_seed(0))
     black = (cut == 0).all(1)
     assert torch.equal(cut, images * ~black[:, None])
     rows, columns = black.any(2), black.any(1)
@@ -127,19 +124,7 @@ def test_cutout_blackens_a_square_around_a_random_pixel_of_each_image():
 
 def test_a_flip_mirrors_half_of_the_images():
     images = torch.randint(256, (300, 3, 32, 32), dtype=torch.uint8)
-    flipped = data.augment_batch(images, ("flip",), torch.Generator().manual_seed(0))
+    flipped = data.flip(images, torch.Generator().manual_seed(0))
     mirrored = (flipped == images.flip(3)).flatten(1).all(1)
     assert torch.equal(flipped[~mirrored], images[~mirrored])
     assert 110 < mirrored.sum() < 190
-
-
-def test_a_warning_of_torchvision_is_not_the_users_concern(monkeypatch, tmp_path):
-    def warn(*arguments, **options):
-        warnings.warn("align should be passed as Python or NumPy boolean", stacklevel=1)
-
-    monkeypatch.setattr(
-        data.torchvision.datasets, "CIFAR10", Mock(side_effect=warn, filename="x", base_folder="y")
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        data._read_cifar10.__wrapped__(tmp_path, True)

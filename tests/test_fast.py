@@ -33,7 +33,7 @@ def test_all_forms_have_the_same_output_and_gradients(
 @pytest.mark.parametrize("layout", FORMATS)
 def test_all_forms_give_the_same_network_with_all_that_goes_beyond_the_report(layout, monkeypatch):
     torch.manual_seed(0)
-    options = {"arch": [8, 8, 12], "norm": "batch", "downsample": True, "residual": True, "fc": 1}
+    options = {"arch": [8, 8, 12], "norm": "batch", "downsample": [3], "residual": True, "fc": 1}
     model = build_model(options).double().to(memory_format=layout)
     x = torch.randn(4, 3, 32, 32, dtype=torch.double, requires_grad=True)
     first, *others = in_all_forms(model, x, monkeypatch)
@@ -63,16 +63,16 @@ def test_in_bfloat16_all_forms_stay_close_and_gradients_float32(outputs, form, m
 @pytest.mark.parametrize("form", fast.FORMS)
 def test_a_network_in_channels_last_stays_so_from_its_first_block_on(form, precision, monkeypatch):
     monkeypatch.setattr(fast, "FORM", form)
-    options = {"arch": [8, 8, 12], "norm": "batch", "downsample": True, "residual": True, "fc": 1}
+    options = {"arch": [8, 8, 12], "norm": "batch", "downsample": [3], "residual": True, "fc": 1}
     model = build_model(options).to(memory_format=torch.channels_last)
     outputs = []
     for layer in model.backbone:
         layer.register_forward_hook(lambda *call: outputs.append(call[-1]))
     with autocast(torch.device("cpu"), precision):
         model(torch.randn(4, 3, 32, 32)).sum().backward()
-    assert len(outputs) == 4
+    assert len(outputs) == 3
     assert all(fast.is_channels_last(x) for x in outputs)
-    grads = [block.convs.weight.grad for block in model.backbone.blocks().values()]
+    grads = [block.convs.weight.grad for block in model.backbone]
     assert all(fast.is_channels_last(grad) for grad in grads)
 
 
@@ -106,14 +106,19 @@ def test_the_form_depends_on_size_width_and_precision():
             return fast.choose_form(x, block.coefficients(x), block.convs)
 
     assert [choose(*shape, "float32") for shape in [(8, 16), (8, 8), (4, 16)]] == [
-        "kernels", "outputs", "outputs"
-    ]  # fmt: skip
+        "kernels",
+        "outputs",
+        "outputs",
+    ]
     assert [choose(*shape, "bfloat16") for shape in [(8, 16), (8, 8), (4, 16)]] == [
-        "kernels", "inputs", "kernels"
-    ]  # fmt: skip
-    together = [choose(8, *shape, torch.channels_last) for shape in [
-        (32, "bfloat16", 128), (32, "bfloat16", 64), (16, "bfloat16", 128)
-    ]]  # fmt: skip
+        "kernels",
+        "inputs",
+        "kernels",
+    ]
+    together = [
+        choose(8, *shape, torch.channels_last)
+        for shape in [(32, "bfloat16", 128), (32, "bfloat16", 64), (16, "bfloat16", 128)]
+    ]
     assert together == ["kernels", "outputs", "outputs"]
 
 

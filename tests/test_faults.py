@@ -110,15 +110,15 @@ def test_a_disk_too_full_for_what_resuming_needs_does_not_stop_a_run(whole, tmp_
 
 def test_a_disk_too_full_for_the_weights_at_the_end_lets_a_run_go_on_later(run, stop, tmp_path):
     whole = ending(tmp_path) if run() else None
-    write = run_module.write_checkpoint
+    save = torch.save
 
-    def refuse_the_last(path, checkpoint):
+    def refuse_the_last(checkpoint, file):
         if "state" not in checkpoint:
             raise OSError("disk full")
-        write(path, checkpoint)
+        save(checkpoint, file)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_module, "write_checkpoint", refuse_the_last)
+        patch.setattr(torch, "save", refuse_the_last)
         assert ended(run, "--overwrite") == 1
     assert len(read_history(tmp_path / "run.json")["epochs"]) == 2
     run("--resume")
@@ -170,20 +170,16 @@ def test_two_runs_of_one_name_at_the_same_time_are_refused(run, tmp_path):
     run()
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_at_its_batch(run, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(run_module, "SAVE_SECONDS", -1)
-    assert ended(run, "--lr 1e30 --optimizer sgd") == 1
+def test_a_loss_that_is_not_finite_stops_the_run_at_its_batch(run, tmp_path, capsys):
+    assert ended(run, "--lr 2e9 --optimizer sgd") == 1
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith("train.py: the loss is ")
-    assert "at epoch 1, batch " in line and "learning rate 1e+30" in line
+    assert "at epoch 1, batch " in line and "learning rate 2e+09" in line
     assert read_history(tmp_path / "run.json")["finished"] is False
-    if (tmp_path / "run.pt").exists():
-        saved = load_checkpoint(tmp_path / "run.pt")["weights"]
-        assert all(tensor.isfinite().all() for tensor in saved.values())
 
 
 def test_a_validation_loss_that_is_not_finite_stops_the_run(run, tmp_path, capsys):
-    one_step = "--limit 8 --batch-size 8 --lr 1e30 --optimizer sgd"  # breaks the weights
+    one_step = "--limit 8 --batch-size 8 --lr 2e9 --optimizer sgd"  # breaks the weights
     assert ended(run, one_step) == 1
     assert "val_loss is nan after epoch 1" in capsys.readouterr().err
     assert read_history(tmp_path / "run.json")["epochs"] == []

@@ -24,12 +24,6 @@ def test_a_loss_keeps_six_digits():
     assert [round_loss(loss) for loss in (2.302585093, 0.00123456789)] == [2.30259, 0.00123457]
 
 
-@pytest.mark.parametrize("reported, read", [(None, []), (61.0, [61.0]), ([82.97, 82.84],) * 2])
-def test_older_histories_have_one_reported_figure_or_none(history, tmp_path, reported, read):
-    write_history(tmp_path / "run.json", history | {"reported": reported})
-    assert read_history(tmp_path / "run.json")["reported"] == read
-
-
 @pytest.mark.parametrize("path", sorted(ROOT.glob("results/**/*.json")), ids=lambda path: path.stem)
 def test_committed_files_are_as_they_would_be_written(path, tmp_path):
     if path.parent.name == "bench":

@@ -100,28 +100,46 @@ def test_a_residual_block_adds_its_input_where_it_keeps_the_width():
         torch.testing.assert_close(block(images), expected)
 
 
-def test_downsampling_halves_the_images_between_blocks_of_different_width():
-    model = build_model({"arch": [4, 4, 6, 6, 8], "downsample": True, "fc": 1})
-    images, sizes = torch.randn(2, 3, 32, 32), {}
-    for name, layer in model.backbone.named_children():
-        images = layer(images)
-        sizes[name] = images.shape[-1]
-    assert sizes == {
-        "block1": 32, "block2": 32, "pool2": 16, "block3": 16, "block4": 16, "pool4": 8, "block5": 8
-    }  # fmt: skip
+def test_a_downsampling_block_takes_the_largest_of_four_sums_before_its_norm():
+    block = Block(6, 6, k=2, norm="batch", downsample=True, residual=True).eval()
+    block.norm.weight.data.neg_()  # then the order matters
+    block.norm.running_mean += 1
+    plain = Block(6, 6, k=2, relu=False)
+    plain.load_state_dict(block.state_dict(), strict=False)
+    images = torch.randn(2, 6, 16, 16)
+    expected = block.norm(F.max_pool2d(textbook(plain, images), 2)).relu()
+    torch.testing.assert_close(block(images), expected)
+
+
+def test_the_named_blocks_halve_the_images():
+    model = build_model({"arch": [4, 4, 6, 6], "downsample": [2, 4], "fc": 1})
+    images, sizes = torch.randn(2, 3, 32, 32), []
+    for block in model.backbone:
+        images = block(images)
+        sizes.append(images.shape[-1])
+    assert sizes == [32, 16, 16, 8]
     assert model.backbone.size == 8
-    assert model.backbone.pool2.pool is F.max_pool2d
 
 
-@pytest.mark.parametrize("halvings, size", [(0, 32), (1, 16), (2, 8), (4, 2)])
-def test_the_classifier_pools_maps_of_any_size_to_a_grid(halvings, size):
-    arch = [4, 8, 4, 8, 4][: halvings + 1]
-    for pool, grid in (("adaptive", min(8, size)), ("avg", size // min(8, size))):
-        model = build_model({"arch": arch, "downsample": True, "pool": pool, "fc": 1})
-        assert model.classifier[-1].in_features == arch[-1] * grid**2
-        maps = torch.randn(2, arch[-1], size, size)
-        torch.testing.assert_close(model.classifier[0](maps), F.adaptive_avg_pool2d(maps, grid))
+@pytest.mark.parametrize("halvings, size", [(0, 32), (1, 16), (2, 8), (4, 2), (5, 1)])
+def test_the_classifier_pools_maps_of_any_size(halvings, size):
+    for pool, grid in (("adaptive", min(8, size)), ("avg", size // min(8, size)), ("max", 1)):
+        options = {"arch": [4] * 5, "downsample": list(range(1, halvings + 1)), "fc": 1}
+        model = build_model(options | {"pool": pool})
+        assert model.classifier[-1].in_features == 4 * grid**2
+        maps = torch.randn(2, 4, size, size)
+        expected = F.adaptive_max_pool2d if pool == "max" else F.adaptive_avg_pool2d
+        torch.testing.assert_close(model.classifier[0](maps), expected(maps, grid))
         assert model(torch.randn(2, 3, 32, 32)).shape == (2, 10)
+
+
+def test_logits_are_scaled():
+    torch.manual_seed(0)
+    model = build_model({"arch": [4], "fc": 1})
+    images = torch.randn(2, 3, 32, 32)
+    plain = model(images)
+    model.classifier.logit_scale = 0.125
+    torch.testing.assert_close(model(images), plain / 8)
 
 
 def test_multiply_accumulates_are_counted_by_hand():
@@ -131,4 +149,4 @@ def test_multiply_accumulates_are_counted_by_hand():
     second, classifier = 32 * 32 * (kernels + biases) + gate, 6 * 64 * 10
     assert count_macs(build_model(options)) == first + second + classifier
     halved = 16 * 16 * (kernels + biases) + gate
-    assert count_macs(build_model(options | {"downsample": True})) == first + halved + classifier
+    assert count_macs(build_model(options | {"downsample": [1]})) == first + halved + classifier

@@ -20,7 +20,7 @@ def draw_options(number):
     pick = chance.choice
     options = ["--gate", pick(["softmax", "relu", "sigmoid", "none"])]
     options += ["--arch", *map(str, chance.choices([4, 8, 17], k=chance.randint(1, 4)))]
-    options += ["--k", pick("123"), "--fc", pick("123"), "--pool", pick(["avg", "adaptive"])]
+    options += ["--k", pick("123"), "--fc", pick("123"), "--pool", pick(["avg", "adaptive", "max"])]
     options += ["--init", pick(["he", "default"]), "--mix", pick(MIXES)]
     options += ["--batch-size", batch_size := pick(["7", "32", "100"])]
     options += ["--holdout", pick(["0", "500"])]
@@ -28,7 +28,7 @@ def draw_options(number):
     options += ["--precision", pick(["float32", "bfloat16"]), "--dropout", pick(["0", "0.5"])]
     sgd = "--optimizer sgd --lr 0.05 --momentum 0.9 --nesterov"
     options.append(pick(["", "--optimizer adam", sgd]))
-    flags = "--norm batch,--downsample,--residual,--label-smoothing 0.1,--ema 0.9,--no-bias-decay"
+    flags = "--norm batch,--downsample 1,--residual,--label-smoothing 0.1,--ema 0.9,--no-bias-decay"
     flags += ",--no-block-relu,--augment crop,--augment flip cutout"
     options += [flag for flag in flags.split(",") if chance.random() < 0.4]
     return " ".join(options), chance.randint(1, 2 * math.ceil(100 / int(batch_size)))
@@ -57,12 +57,13 @@ def test_an_interrupted_run_goes_on_to_the_same_end(run, stop, tmp_path, options
 
 
 def test_a_signal_that_comes_while_processes_agree_is_not_lost(run, monkeypatch):
-    def agree_late(number, device):
-        handler = signal.signal.call_args.args[1]
-        handler(signal.SIGTERM, None)
-        return number
+    def agree_late(tensor, operation=None):
+        if operation:
+            handler = signal.signal.call_args.args[1]
+            handler(signal.SIGTERM, None)
+        return tensor
 
-    monkeypatch.setattr("run.all_reduce_max", agree_late)
+    monkeypatch.setattr("run.all_reduce", agree_late)
     assert ended(run) == 128 + 15
 
 
@@ -147,7 +148,7 @@ def test_an_unfinished_run_can_be_tested(run, stop, tmp_path, capsys):
 def test_a_resumed_run_keeps_the_environment_of_its_last_start(run, stop, tmp_path, monkeypatch):
     stop(2, "--reported 40")
     another = {"device": "another", "precision": "float32"}
-    monkeypatch.setattr(train, "environment", lambda *_: another)
+    monkeypatch.setattr(train, "describe_environment", lambda *_: another)
     history = run("--resume --reported 50")
     assert history["reported"] == [50]
     assert history["environment"]["device"] == "another"
