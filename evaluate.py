@@ -3,6 +3,7 @@
     python evaluate.py runs/final.pt                  # prints them and adds them to runs/final.json
     python evaluate.py runs/final.pt --tta            # ... and those with test-time augmentation
     python evaluate.py runs/final.pt --image cat.jpg dog.png     # the likeliest classes of photos
+    python evaluate.py runs/final.pt --export weights/final.pt   # the weights alone, half as large
 
 The model is rebuilt from the checkpoint alone. A test also writes runs/final-wrong.png, the most
 confidently misclassified images; plot.py draws the other metrics. Photos need no data set: they
@@ -25,7 +26,7 @@ from data import CLASSES, load, normalise
 from device import PRECISIONS, WORLD_SIZE, autocast, choose_device
 from history import hyperparameters, read_history, to_path, write_history
 from model import IMAGE_SIZE, predict
-from run import load_checkpoint, rebuild
+from run import load_checkpoint, rebuild, write_checkpoint
 
 BINS = 15  # of confidence
 QUANTILES = (0, 0.25, 0.5, 0.75, 1)
@@ -204,6 +205,18 @@ def classify(path, args):
     return len(predictions) == len(args.image)
 
 
+def export(path, target):
+    """Write the weights of a checkpoint alone, in half precision: a checkpoint for evaluate.py and
+    load_model. Its own precision is float32, which every machine has."""
+    checkpoint = load_checkpoint(path)
+    weights = checkpoint["weights"].items()
+    halves = {name: w.half() if w.is_floating_point() else w for name, w in weights}
+    kept = {"config": checkpoint["config"] | {"data_dir": "data", "out": "runs"}}
+    kept |= {"history": checkpoint["history"], "precision": "float32", "weights": halves}
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_checkpoint(target, kept)
+
+
 def read_photo(path):
     """Return the image in a file, upright and over white: a PIL image of mode RGB.
     Of an animation it is the first frame. ValueError says why there is none."""
@@ -233,6 +246,7 @@ def parse_args(argv=None):
     files = "runs/NAME.pt; metrics go to runs/NAME.json"
     add("checkpoints", type=to_path, nargs="+", metavar="checkpoint", help=files)
     add("--image", type=to_path, nargs="+", metavar="FILE", help="photos to classify, no test")
+    add("--export", type=to_path, metavar="FILE", help="write the weights to FILE, no test")
     add("--tta", action="store_true", help="test-time augmentation, by mirror images, as well")
     once = "only what is finished, was not tested and held no images out"
     add("--once", action="store_true", help=once)
@@ -241,6 +255,8 @@ def parse_args(argv=None):
     precision = "of products (default: that of training)"
     add("--precision", choices=PRECISIONS, default="auto", help=precision)
     args = parser.parse_args(argv)
+    if args.export and len(args.checkpoints) > 1:
+        parser.error(f"--export writes one checkpoint, not {len(args.checkpoints)}")
     if WORLD_SIZE > 1:
         parser.error(f"one process tests, not {WORLD_SIZE}: start it without torchrun")
     return args
@@ -252,7 +268,9 @@ def main(argv=None):
     failed = False
     for path in args.checkpoints:
         try:
-            if args.image:
+            if args.export:
+                export(path, args.export)
+            elif args.image:
                 failed |= not classify(path, args)
             else:
                 evaluate(path, args)

@@ -172,7 +172,6 @@ class Run:
     def _write_checkpoint(self, resumable=True):
         model, ema = self.parts["model"], self.parts.get("ema")
         checkpoint = {
-            "format": FORMAT,
             "config": self.config,
             "precision": self.history["environment"]["precision"],
             "history": json.dumps(self.history),
@@ -183,11 +182,7 @@ class Run:
             metrics = {name: torch.stack(values).cpu() for name, values in self.metrics.items()}
             seconds = time.monotonic() - self.began
             checkpoint["state"] |= {"metrics": metrics, "lr": self.lr, "seconds": seconds}
-        try:
-            write_atomically(self.path(".pt"), lambda file: torch.save(checkpoint, file))
-        except RuntimeError as error:  # so torch.save says that the file could not be written
-            reason = str(error.__context__ or error).partition("\n")[0]
-            raise OSError(f"{self.path('.pt')}: {reason}") from error
+        write_checkpoint(self.path(".pt"), checkpoint)
 
     def _on_signal(self, number, frame):
         self.signal = number
@@ -292,6 +287,15 @@ def claim(out, name):
         for part in out.glob(f"{glob.escape(name)}.pt.*.part"):  # what a killed run was writing
             part.unlink()
         yield
+
+
+def write_checkpoint(path, checkpoint):
+    """Save a dict of tensors and plain values. OSError as the disk says; what was there stays."""
+    try:
+        write_atomically(path, lambda file: torch.save({"format": FORMAT} | checkpoint, file))
+    except RuntimeError as error:  # so torch.save says that the file could not be written
+        reason = str(error.__context__ or error).partition("\n")[0]
+        raise OSError(f"{path}: {reason}") from error
 
 
 def load_checkpoint(path):

@@ -161,11 +161,8 @@ def make_ema(model, args):
 
 def describe_run(model, device, precision):
     """Return what a history says of the model and where it trains; print it, too."""
-    where, parameters = (
-        describe_environment(device, precision),
-        sum(p.numel() for p in model.parameters()),
-    )
-    macs = count_macs(model)
+    where = describe_environment(device, precision)
+    parameters, macs = sum(p.numel() for p in model.parameters()), count_macs(model)
     print0(f"{parameters:,} parameters, {macs:,} multiply-accumulates an image")
     print0(f"on {where['device']}, {precision}")
     return {"environment": where, "parameters": parameters, "macs": macs}

@@ -11,7 +11,9 @@ from conftest import RECIPE, ROOT, TINY, execute
 
 import data
 import device
+import evaluate
 import fast
+import plot
 from history import read_history
 from model import build_model
 
@@ -109,11 +111,11 @@ def test_shares_of_a_batch_are_disjoint_and_complete():
         torch.testing.assert_close(list(parts), expected, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("script", ["evaluate.py", "plot.py"])
-def test_scripts_for_one_process_refuse_torchrun(script):
-    result = execute(sys.executable, script, "run", WORLD_SIZE="2", RANK="1")
-    assert result.returncode == 2
-    assert "start it without torchrun" in result.stderr
+@pytest.mark.parametrize("script", [evaluate, plot])
+def test_scripts_for_one_process_refuse_torchrun(script, monkeypatch, refused):
+    monkeypatch.setattr(evaluate, "WORLD_SIZE", 2)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "start it without torchrun" in refused(script.main, ["x"], code=2)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])

@@ -241,6 +241,22 @@ def test_the_device_is_that_of_training_where_it_works(checkpoint, device):
         evaluate.open_checkpoint(checkpoint, refused)
 
 
+def test_exported_weights_are_half_as_large_and_give_the_same_accuracy(
+    checkpoint, tmp_path, capsys
+):
+    evaluate.main([str(checkpoint), "--export", str(tmp_path / "weights" / "half.pt")])
+    before, after = load_checkpoint(checkpoint), load_checkpoint(tmp_path / "weights" / "half.pt")
+    assert set(after) == set(before)
+    assert after["config"]["data_dir"] == "data"
+    for name, tensor in before["weights"].items():
+        assert torch.equal(after["weights"][name], tensor.half())
+    metrics = []
+    for path in (checkpoint, tmp_path / "weights" / "half.pt"):
+        evaluate.main([str(path)])
+        metrics.append(float(capsys.readouterr().out.split()[-1].rstrip("%")))
+    assert metrics[1] == pytest.approx(metrics[0], abs=0.5)
+
+
 def test_several_checkpoints_are_tested_and_a_bad_one_does_not_stop_the_others(checkpoint, capsys):
     bad = checkpoint.with_name("bad.pt")
     bad.write_text("text")
