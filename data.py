@@ -86,6 +86,8 @@ class Dataset:
 def load(name, data_dir="data", train=True):
     """Return the training or test images of a data set. "shapes" is drawn. CIFAR-10 is downloaded
     into data_dir where it is missing; OSError says what is wrong if that fails."""
+    if name not in CLASSES:
+        raise ValueError(f"no data set is called {name!r}, only {', '.join(CLASSES)}")
     if name == "shapes":
         return draw_shapes(10_000, seed=0) if train else draw_shapes(1_000, seed=1)
     cifar10 = _read_cifar10(Path(data_dir), train)
@@ -163,7 +165,8 @@ def _scale_and_shift(name, device):
     return 1 / (255 * std), -mean / std
 
 
-# An augmentation changes uint8 images (N, 3, H, W), each drawn on its own.
+# An augmentation takes uint8 images (N, 3, H, W) and returns as many; all chance is drawn from the
+# generator, so that a run can be resumed.
 def crop(images, generator):
     """Pad by 4 pixels, a mirror image of those inside, and cut H x W out at random."""
     (count, _, height, width), device = images.shape, images.device
@@ -191,7 +194,7 @@ def cutout(images, generator):
     return images.masked_fill(inside, 0)
 
 
-AUGMENTATIONS = {"crop": crop, "flip": flip, "cutout": cutout}  # --augment applies them in order
+AUGMENTATIONS = {"crop": crop, "flip": flip, "cutout": cutout}  # in the order they are applied in
 
 
 def draw_shapes(count, seed):

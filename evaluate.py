@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 
 import gallery
-from data import CLASSES, load, normalise
+from data import load, normalise
 from device import PRECISIONS, WORLD_SIZE, autocast, choose_device
 from history import hyperparameters, read_history, to_path, write_history
 from model import IMAGE_SIZE, predict
@@ -61,7 +61,8 @@ def evaluate(path, args):
         history["test"] = history.get("test", {}) | metrics
         write_history(history_path, history)
     else:
-        print(f"{history_path} is not there, or of other weights: only printed", file=sys.stderr)
+        reason = "is not there, not finished or of other weights: it does not get these metrics"
+        print(f"{history_path} {reason}", file=sys.stderr)
     indices = [one["index"] for one in metrics["wrong"]]
     shown = images.images[indices].permute(0, 2, 3, 1).numpy()
     figure = gallery.draw_wrong(shown, metrics["wrong"], path.stem)
@@ -181,7 +182,7 @@ def classify(path, args):
     """Print the likeliest classes of the photos args.image, draw them; return whether all were."""
     config, model, device, amp = open_checkpoint(path, args)
     dataset, note = config["dataset"], " (flip test-time augmentation)" if args.tta else ""
-    classes, predictions = CLASSES[dataset], []
+    classes, predictions = model.classes, []
     for file in args.image:
         try:
             photo = read_photo(file)
@@ -213,8 +214,11 @@ def export(path, target):
     halves = {name: w.half() if w.is_floating_point() else w for name, w in weights}
     kept = {"config": checkpoint["config"] | {"data_dir": "data", "out": "runs"}}
     kept |= {"history": checkpoint["history"], "precision": "float32", "weights": halves}
+    if target.exists():
+        raise ValueError(f"{target} exists: give another file to --export")
     target.parent.mkdir(parents=True, exist_ok=True)
     write_checkpoint(target, kept)
+    print(target, file=sys.stderr)
 
 
 def read_photo(path):
@@ -252,7 +256,7 @@ def parse_args(argv=None):
     add("--once", action="store_true", help=once)
     add("--data-dir", type=to_path, help="where CIFAR-10 is (default: where it was for training)")
     add("--device", help="auto, cpu, cuda, cuda:1, mps ... (default: that of training)")
-    precision = "of products (default: that of training)"
+    precision = "of convolutions and linear layers (default: that of training)"
     add("--precision", choices=PRECISIONS, default="auto", help=precision)
     args = parser.parse_args(argv)
     if args.export and len(args.checkpoints) > 1:

@@ -115,7 +115,9 @@ def tabulate(rows):
         shown = ({"arch", "k"} | (config.keys() - shared)) - {"seed"}
         options = [(key, value) for key, value in config.items() if key in shown]
         options = [(key, value if isinstance(value, list) else [value]) for key, value in options]
-        words = ", ".join(" ".join(map(str, [key, *values])) for key, values in options)
+        words = ", ".join(
+            f"{key} {' '.join(map(str, values)) or 'none'}" for key, values in options
+        )
         cells = [name_row(row), words.replace("_", " "), *describe_results(row)]
         lines.append([cell.replace("|", "\\|") for cell in cells])
     widths = [max(map(len, column)) for column in zip(*lines)]

@@ -41,7 +41,7 @@ except ImportError:  # Windows: there, two runs of one name are not kept apart
 FORMAT = "gated multi-convolution checkpoint 3"
 SAVE_SECONDS = 60  # from one saved state to the next, or 40 times what saving takes
 LOOK_EVERY = 16  # batches, where reading a loss makes the CPU wait for the device
-HEADER = "  epoch        lr  train loss  acc. %    val loss  acc. %     time  images/s"
+HEADER = "  epoch        lr  train loss  acc. %    val loss  acc. %  seconds  images/s"
 
 
 class Stop(Exception):
@@ -89,12 +89,12 @@ class Run:
         return len(self.history["epochs"]), len(self.metrics.get("loss", ()))
 
     def log_batch(self, epoch, step, lr, loss, correct, **metrics):
-        """Note a batch's metrics, tensors of one number; save or stop if it is time to. `loss` and
-        `correct` are of this process's images and added up; others are the same in each process.
-        Raises Stop if the loss is NaN or infinite, or a signal came."""
+        """Note a batch's metrics, numbers or tensors of one; save or stop if it is time to. `loss`
+        and `correct` are tensors, of this process's images and added up; others are the same in
+        each process. Raises Stop if the loss is NaN or infinite, or a signal came."""
         loss, correct = all_reduce(torch.stack([loss.detach(), correct])).unbind()
         for name, value in {"loss": loss, "correct": correct, **metrics}.items():
-            self.metrics.setdefault(name, []).append(value.detach())
+            self.metrics.setdefault(name, []).append(torch.as_tensor(value).detach())
         self.lr, done = lr, step + 1
         if loss.is_cpu or done % LOOK_EVERY == 0 or done == len(self.batch_sizes):
             recent = torch.stack(self.metrics["loss"][-LOOK_EVERY:]).tolist()
@@ -118,12 +118,13 @@ class Run:
         metrics = {name: torch.stack(values).tolist() for name, values in self.metrics.items()}
         losses = map(round_loss, metrics["loss"])
         accuracy = 100 * sum(metrics.pop("correct")) / images
-        means = {
-            f"train_{name}": sum(v * size for v, size in zip(values, self.batch_sizes)) / images
-            for name, values in metrics.items()
-        }
+        means = {}
+        for name, values in metrics.items():
+            pairs = zip(values, self.batch_sizes, strict=True)
+            means[f"train_{name}"] = sum(value * size for value, size in pairs) / images
         line = {"epoch": epoch + 1, "lr": self.lr} | means | {"train_accuracy": accuracy}
-        line |= validation | {"seconds": now - self.began}
+        line |= {name: float(value) for name, value in validation.items()}
+        line |= {"seconds": now - self.began}
         line |= {"images_per_second": images / (self.trained_at - self.began)}
         for name, value in line.items():
             if not math.isfinite(value):
@@ -216,7 +217,7 @@ class Run:
         if on_terminal():
             share, seconds = done / len(self.batch_sizes), time.monotonic() - self.began
             rate = sum(self.batch_sizes[:done]) / seconds
-            left = format_seconds((self.args.epochs - epoch - share) * seconds / share)
+            left = timedelta(seconds=round((self.args.epochs - epoch - share) * seconds / share))
             place = f"{epoch + 1:>3}/{self.args.epochs}  batch {done}/{len(self.batch_sizes)}"
             line = f"{place}  {rate:,.0f} images/s  {left} left"
             print(f"\r{line:<78}", end="", file=sys.stderr, flush=True)
@@ -324,19 +325,22 @@ def load_checkpoint(path):
 
 
 def load_model(path):
-    """Return the trained network in a checkpoint, in evaluation mode on the CPU."""
+    """Return the trained network in a checkpoint, in evaluation mode on the CPU; `model.classes`
+    are the names of what it tells apart."""
     return rebuild(load_checkpoint(path), path)
 
 
 def rebuild(checkpoint, path):
-    """Return the model of a loaded checkpoint, in evaluation mode; ValueError if the two do not
-    fit."""
+    """Return the model of a loaded checkpoint, in evaluation mode, with the names of its `classes`;
+    ValueError if the two do not fit."""
     try:
         config, weights = checkpoint["config"], checkpoint["weights"]
         if 4 * len(config["arch"]) + 2 * config["fc"] > len(weights):  # tensors
             raise ValueError("it has more layers than weights")
+        classes = CLASSES[config["dataset"]]
         with torch.device("meta"):  # without memory, whatever the config says
-            model = build_model(config, len(CLASSES[config["dataset"]]))
+            model = build_model(config, len(classes))
+        model.classes = classes
         model.load_state_dict(weights, assign=True)
         model.float().requires_grad_(False).eval()(torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE))
     except Exception as error:  # a config can hold anything
@@ -365,13 +369,8 @@ def format_epoch(epoch, epochs):
         f"{epoch['epoch']:>3}/{epochs:<3} {epoch['lr']:>9.6f}"
         f"  {epoch['train_loss']:>10.4f}  {epoch['train_accuracy']:>6.2f}"
         f"  {epoch['val_loss']:>10.4f}  {epoch['val_accuracy']:>6.2f}"
-        f"  {format_seconds(epoch['seconds']):>7}  {epoch['images_per_second']:>8,.0f}"
+        f"  {epoch['seconds']:>7.1f}  {epoch['images_per_second']:>8,.0f}"
     )
-
-
-def format_seconds(seconds):
-    """Return seconds as hours, minutes and seconds: 0:03:20."""
-    return str(timedelta(seconds=round(seconds)))
 
 
 def on_terminal():

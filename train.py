@@ -200,7 +200,7 @@ def parse_args(argv=None):
     add("--holdout", type=natural, default=0, metavar="N", help="validate on N training images")
     add("--limit", type=positive, metavar="N", help="train on the first N images; None: all")
     names = {"nargs": "+", "action": "extend", "choices": AUGMENTATIONS, "default": []}
-    add("--augment", **names, help="random changes of the training images")
+    add("--augment", **names, help="random changes of the training images, in this order")
 
     add = parser.add_argument_group("model").add_argument
     add("--arch", type=positive, nargs="+", metavar="C", help="output channels of each block")
@@ -220,7 +220,7 @@ def parse_args(argv=None):
     add("--fc", type=positive, help="number of fully connected layers")
     add("--hidden", type=positive, help="units of each hidden one")
     add("--dropout", type=fraction, help="probability, after each hidden layer")
-    add("--logit-scale", type=number(float, 0), help="what the last layer's outputs are times")
+    add("--logit-scale", type=number(float, 0), help="factor of the last layer's outputs")
     add("--init", choices=("he", "default"), help="initialisation: He's or PyTorch's default")
     parser.set_defaults(**DEFAULTS)
 
@@ -229,7 +229,7 @@ def parse_args(argv=None):
     add("--lr", type=number(float, 0), default=0.001, help="learning rate")
     add("--weight-decay", type=number(float, 0), help="None: the optimiser's own default")
     add("--bias-decay", action=on_off, default=True, help="weight decay of biases and norms, too")
-    add("--momentum", type=fraction, help="of sgd; None: PyTorch's default, 0")
+    add("--momentum", type=fraction, help="None: the optimiser's own default, 0 of sgd")
     add("--nesterov", action=on_off, default=False, help="Nesterov's momentum")
     schedules = "cosine: down, epoch by epoch; onecycle: up to --lr and down, by batches"
     add("--schedule", choices=("cosine", "onecycle", "none"), default="cosine", help=schedules)
@@ -244,7 +244,12 @@ def parse_args(argv=None):
     add("--seed", type=natural, default=0, help="seed of everything random")
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps ...; auto: cuda if there is one")
     precisions = "bfloat16 on cuda and on CPUs with instructions for it, else float32"
-    add("--precision", choices=PRECISIONS, default="auto", help=f"of products; auto: {precisions}")
+    add(
+        "--precision",
+        choices=PRECISIONS,
+        default="auto",
+        help=f"of convolutions; auto: {precisions}",
+    )
     add("--mix", choices=fast.MIXES, default="auto", help="form of the gated sum; auto: fastest")
     add("--compile", action="store_true", help="torch.compile the network")
     add("--resume", action="store_true", help="go on with NAME where it stopped, if it was begun")

@@ -13,10 +13,10 @@ import train
 from model import build_model
 from run import FORMAT, load_checkpoint
 
-NO_CHOICE = (
-    "--dataset cifar100, --gate tanh, --pool min, --init xavier, --optimizer lion, --norm layer, "
-    "--schedule linear, --augment rotate, --precision float16, --mix both"
-).split(", ")
+NO_CHOICE = [
+    f"--{option} x"
+    for option in "dataset gate pool init optimizer norm schedule augment precision mix".split()
+]
 OUT_OF_RANGE = (
     "--arch 16 -8, --arch 16 0, --fc 0, --hidden -4096, --lr nan, --lr inf, --weight-decay -1, "
     f"--epochs 0, --batch-size 0, --limit 0, --seed -1, --reported 101, --hidden {2**70}, "

@@ -11,6 +11,7 @@ import evaluate
 import train
 from fast import MIXES
 from history import read_history
+from model import GATES
 from run import Run, load_checkpoint
 
 
@@ -18,7 +19,7 @@ def draw_options(number):
     """Options at random, whatever can be combined, and some number of batches of such a run."""
     chance = random.Random(number)
     pick = chance.choice
-    options = ["--gate", pick(["softmax", "relu", "sigmoid", "none"])]
+    options = ["--gate", pick(list(GATES))]
     options += ["--arch", *map(str, chance.choices([4, 8, 17], k=chance.randint(1, 4)))]
     options += ["--k", pick("123"), "--fc", pick("123"), "--pool", pick(["avg", "adaptive", "max"])]
     options += ["--init", pick(["he", "default"]), "--mix", pick(MIXES)]
@@ -142,7 +143,7 @@ def test_an_unfinished_run_can_be_tested(run, stop, tmp_path, capsys):
     output = capsys.readouterr()
     assert output.out.splitlines()[-1].startswith("Final Model Test Accuracy: ")
     assert after_an_epoch
-    assert "only printed" in output.err
+    assert "run.json is not there, not finished or of other weights" in output.err
 
 
 def test_a_resumed_run_keeps_the_environment_of_its_last_start(run, stop, tmp_path, monkeypatch):

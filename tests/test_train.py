@@ -16,6 +16,7 @@ import evaluate
 import plot
 import train
 from history import read_history
+from model import GATES
 from run import Run, load_checkpoint
 from train import make_model, make_optimizer, parse_args
 
@@ -194,7 +195,7 @@ def test_a_network_learns(run, monkeypatch, options, least):
     assert history["epochs"][-1]["val_accuracy"] > least
 
 
-@pytest.mark.parametrize("gate", ["softmax", "relu", "sigmoid", "none"])
+@pytest.mark.parametrize("gate", GATES)
 def test_the_loss_falls_with_every_gate(run, gate):
     epochs = run(f"--gate {gate} --lr 0.01 --epochs 4 --fc 1")["epochs"]
     assert epochs[-1]["train_loss"] < epochs[0]["train_loss"]
@@ -271,8 +272,8 @@ def test_any_of_pytorchs_optimisers_can_be_added(kind, monkeypatch):
 def test_a_further_metric_of_batches_goes_into_the_history(run, monkeypatch):
     log_batch = Run.log_batch
 
-    def log_one_more(self, epoch, step, lr, loss, correct):
-        log_batch(self, epoch, step, lr, loss, correct, place=torch.tensor(float(step)))
+    def log_one_more(self, epoch, step, *metrics, **others):
+        log_batch(self, epoch, step, *metrics, **others, place=float(step))
 
     monkeypatch.setattr(Run, "log_batch", log_one_more)
     steps = (32 * 0 + 32 * 1 + 32 * 2 + 4 * 3) / 100
