@@ -8,7 +8,6 @@ Images stay uint8 until their batch is on the device; there the whole batch is a
 normalised at once. There is no per-image Python work and there are no worker processes.
 """
 
-import functools
 import random
 import warnings
 from dataclasses import dataclass
@@ -73,14 +72,17 @@ class Dataset:
         if seed is not None:
             shuffle = torch.Generator().manual_seed(derive_seed(seed, epoch))
             order = torch.randperm(len(self), generator=shuffle)
-        order = order.to(device)  # all at once: a GPU would be waited for with every batch
+        order = order.to(device)  # once: a GPU would be waited for with every batch
+        mean, std = torch.tensor(NORMALISATION[self.name], device=device)[..., None, None]
+        scale, shift = 1 / (255 * std), -mean / std
         generator = torch.Generator(device)
         for step, indices in islice(enumerate(order.split(size)), start, None):
             images = self.images.index_select(0, indices)  # 20 times faster than images[indices]
             generator.manual_seed(derive_seed(seed, epoch, step, "augment"))
             for name in augment:
                 images = AUGMENTATIONS[name](images, generator)
-            yield normalise(images[share], self.name), self.labels[indices[share]]
+            x = images[share].float().mul_(scale).add_(shift)
+            yield x, self.labels[indices[share]]
 
 
 def load(name, data_dir="data", train=True):
@@ -151,18 +153,6 @@ def derive_seed(seed, *position):
     """Return a seed for the random numbers of one place in a run, such as (epoch, step).
     All randomness of a run is drawn from such seeds, so that to resume it needs no random state."""
     return random.Random(" ".join(map(str, (seed, *position)))).getrandbits(32)
-
-
-def normalise(images, name):
-    """Return uint8 images (N, 3, H, W) as float32, normalised for the data set `name`."""
-    scale, shift = _scale_and_shift(name, images.device)
-    return images.float().mul_(scale).add_(shift)
-
-
-@functools.cache  # copies to a GPU wait for it: not with every batch
-def _scale_and_shift(name, device):
-    mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in NORMALISATION[name])
-    return 1 / (255 * std), -mean / std
 
 
 # An augmentation takes uint8 images (N, 3, H, W) and returns as many; all chance is drawn from the

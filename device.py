@@ -114,19 +114,10 @@ def all_reduce(tensor, operation=dist.ReduceOp.SUM):
 
 
 def distribute(model):
-    """Return the model as one of several processes trains it: gradients are added up over them, and
+    """Return the model as one of several processes trains it: gradients are averaged over them, and
     batch norms on GPUs take the statistics of all. On a CPU each process keeps its own."""
     if WORLD_SIZE == 1:
         return model
     if next(model.parameters()).is_cuda:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    model = DistributedDataParallel(model)
-    model.register_comm_hook(None, _add_gradients)
-    return model
-
-
-def _add_gradients(_, bucket):
-    # DistributedDataParallel by itself takes the mean. A process's loss is its images' part of the
-    # batch's, so that uneven shares are right, too.
-    future = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
-    return future.then(lambda done: done.value()[0])
+    return DistributedDataParallel(model)

@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 
 import gallery
-from data import load, normalise
-from device import PRECISIONS, WORLD_SIZE, autocast, choose_device
+from data import Dataset, load
+from device import PRECISIONS, autocast, choose_device
 from history import hyperparameters, read_history, to_path, write_history
 from model import IMAGE_SIZE, predict
 from run import load_checkpoint, rebuild, write_checkpoint
@@ -38,8 +38,8 @@ warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # twice as larg
 def evaluate(path, args):
     """Test a checkpoint: print its metrics, add them to the history beside it, draw errors."""
     history_path = path.with_suffix(".json")
-    history = read_history(history_path) if history_path.exists() else None
-    if args.once and history:
+    if args.once and history_path.exists():
+        history = read_history(history_path)
         if "test" in history or history["config"].get("holdout") or not history["finished"]:
             return
     config, model, device, amp = open_checkpoint(path, args)
@@ -55,9 +55,8 @@ def evaluate(path, args):
     if args.tta:
         print(f"With flip test-time augmentation: {metrics['tta']['accuracy']:.2f}%")
     print(f"Final Model Test Accuracy: {metrics['accuracy']:.2f}%")
-    history = history and read_history(history_path)  # again: a training may have changed it
-    options = history and history["finished"] and hyperparameters(history["config"])
-    if options == hyperparameters(config):
+    history = read_history(history_path) if history_path.exists() else {"finished": False}
+    if history["finished"] and hyperparameters(history["config"]) == hyperparameters(config):
         history["test"] = history.get("test", {}) | metrics
         write_history(history_path, history)
     else:
@@ -114,7 +113,7 @@ def measure(model, batches, amp, classes, tta=False):
 def measure_predictions(logits, labels, classes):
     """Return metrics of logits (N, classes) against labels (N,), as a history keeps them:
     percentages, but for the confusion matrix, which counts; its rows are the true classes."""
-    percentages = compute_percentages(logits)
+    percentages = 100 * logits.softmax(1)
     pairs = labels * len(classes) + logits.argmax(1)
     confusion = pairs.bincount(minlength=len(classes) ** 2).view(len(classes), len(classes))
     correct = confusion.diagonal()
@@ -165,13 +164,6 @@ def measure_gate(coefficients, labels, classes):
     return {"mean_per_class": means.tolist(), "quantiles": quantiles.tolist()}
 
 
-def compute_percentages(logits):
-    """Return probabilities (N, classes) in per cent; ValueError where logits have none."""
-    if not logits.isfinite().all():
-        raise ValueError("the network's outputs are NaN or infinite: train it with a lower --lr")
-    return 100 * logits.softmax(1)
-
-
 def add_mirrored(logits, model, batches, amp):
     """Return the mean of logits (N, classes), on the CPU, and those of the mirrored images."""
     mirrored = ((x.flip(3), labels) for x, labels in batches)
@@ -190,12 +182,12 @@ def classify(path, args):
             print(f"evaluate.py: error: {error}", file=sys.stderr)
             continue
         small = np.array(ImageOps.fit(photo, (IMAGE_SIZE, IMAGE_SIZE)))  # the middle, bicubic
-        x = normalise(torch.from_numpy(small).permute(2, 0, 1)[None].to(device), dataset)
-        batches = [(x, torch.zeros(1))]
+        image = torch.from_numpy(small).permute(2, 0, 1)[None]
+        batches = list(Dataset(image, torch.zeros(1), dataset).to(device).batches())
         logits = predict(model, batches, amp)[0].cpu()
         if args.tta:
             logits = add_mirrored(logits, model, batches, amp)
-        percentages = compute_percentages(logits)[0].tolist()
+        percentages = (100 * logits[0].softmax(0)).tolist()
         likeliest = sorted(zip(percentages, classes), reverse=True)[:3]
         print(f"{file}: " + ", ".join(f"{name} {value:.1f} %" for value, name in likeliest) + note)
         photo.thumbnail((PHOTO, PHOTO))
@@ -261,8 +253,6 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.export and len(args.checkpoints) > 1:
         parser.error(f"--export writes one checkpoint, not {len(args.checkpoints)}")
-    if WORLD_SIZE > 1:
-        parser.error(f"one process tests, not {WORLD_SIZE}: start it without torchrun")
     return args
 
 

@@ -39,7 +39,7 @@ def weight_outputs(x, coefficients, convs):
     if is_channels_last(outputs):
         outputs = outputs.permute(0, 2, 3, 1).unflatten(3, (k, -1))
         weighted = outputs * coefficients.to(outputs.dtype)[:, None, None, :, None]
-        return weighted.sum(3).permute(0, 3, 1, 2)
+        return weighted.sum(3, dtype=weighted.dtype).permute(0, 3, 1, 2)  # autocast: float32
     return torch.einsum("nk,nkchw->nchw", coefficients, outputs.unflatten(1, (k, -1)))
 
 

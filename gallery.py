@@ -46,7 +46,7 @@ def start_figure(title, height):
 
 def save(figure, path):
     """Write a Figure to a file, the suffix gives the format, and name it on stderr.
-    The folder is made if it is missing. OSError as the disk says."""
+    The folder is made if it is missing. OSError if the disk refuses."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, lambda file: figure.savefig(file, format=path.suffix[1:], dpi=200))
     print(path, file=sys.stderr)
@@ -123,14 +123,10 @@ def draw_gates(test, title):
     heights = 0.8 + len(gates) * (0.35 + 0.25 * k), 0.3 + min(WIDTH / k, 2.6)  # inches
     figure = start_figure(f"{title}: coefficients of the gates", sum(heights) + 0.4)
     top, bottom = figure.subfigures(2, 1, height_ratios=heights)
-    axes = top.subplots(len(gates), 2, squeeze=False, sharey="row", width_ratios=[2, 1])
+    grid = {"squeeze": False, "sharex": "col", "sharey": "row", "width_ratios": [2, 1]}
+    axes = top.subplots(len(gates), 2, **grid)
     for (means, spread), gate in zip(axes, gates):
-        draw_coefficients(means, spread, gate, names if gate is gates[-1] else [])
-    quantiles = np.array([gate["quantiles"] for gate in gates])
-    if quantiles.min() >= 0 and quantiles.max() <= 1:  # one scale serves all blocks
-        for spread in axes[:, 1]:
-            spread.set(xlim=(0, 1), xticks=(0, 0.25, 0.5, 0.75, 1))
-            spread.tick_params(labelbottom=spread is axes[-1, 1])
+        draw_coefficients(means, spread, gate, names)
     axes[0, 0].set_title("mean coefficient of the test images of each class", fontsize=9)
     axes[0, 1].set_title("all: quartiles, extremes", fontsize=9)
     axes[-1, 1].set_xlabel("coefficient")

@@ -3,7 +3,7 @@
     history = read_history("runs/row4.json")
     write_history("runs/row4.json", history)
 
-This file needs no PyTorch: whoever only draws does not wait for it.
+This file needs no PyTorch, so that plot.py starts fast.
 """
 
 import json
@@ -13,7 +13,6 @@ from pathlib import Path
 
 # Options that do not change what a run computes: they may differ when it is resumed.
 NOT_HYPERPARAMETERS = set("data_dir name out device mix compile resume overwrite reported".split())
-LOSS_DIGITS = 6  # of each batch's loss
 
 
 def read_history(path):
@@ -42,29 +41,21 @@ def read_history(path):
 
 
 def write_history(path, history):
-    """Write a history as strict JSON, an epoch a line: ValueError if it holds NaN, OSError as the
-    disk says."""
-    lines = ",\n".join(f" {json.dumps(key)}: {_format(value)}" for key, value in history.items())
+    """Write a history as strict JSON, an epoch a line: ValueError if it holds NaN, OSError if the
+    disk refuses."""
+
+    def dump(value):
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            return "[\n" + ",\n".join(f"  {dump(entry)}" for entry in value) + "\n ]"
+        return json.dumps(value, allow_nan=False)
+
+    lines = ",\n".join(f" {dump(key)}: {dump(value)}" for key, value in history.items())
     write_atomically(path, lambda file: file.write(f"{{\n{lines}\n}}\n".encode()))
 
 
-def _format(value):
-    """Return JSON of a value; what is in a list of dicts or in a dict of lists has a line each."""
-    if isinstance(value, list) and any(isinstance(entry, dict) for entry in value):
-        return "[\n" + ",\n".join(f"  {_dump(entry)}" for entry in value) + "\n ]"
-    if isinstance(value, dict) and any(isinstance(entry, dict) for entry in value.values()):
-        entries = (f"  {json.dumps(key)}: {_dump(entry)}" for key, entry in value.items())
-        return "{\n" + ",\n".join(entries) + "\n }"
-    return _dump(value)
-
-
-def _dump(value):
-    return json.dumps(value, allow_nan=False)
-
-
 def round_loss(loss):
-    """Return a batch's loss with the digits that a history keeps of it."""
-    return float(f"{loss:.{LOSS_DIGITS}g}")
+    """Return a batch's loss with the six digits that a history keeps of it."""
+    return float(f"{loss:.6g}")
 
 
 def write_atomically(path, write):

@@ -12,7 +12,6 @@ run that evaluate.py tested has two pictures more, runs/row4-test.png and runs/r
 
 import argparse
 import json
-import os
 import statistics
 import sys
 import textwrap
@@ -32,11 +31,13 @@ COLUMNS = ("row", "hyperparameters", "parameters", "reported", "measured", "diff
 
 
 def draw_all(args):
-    """Write every picture and the table. Return what could not be read or drawn, a line each."""
+    """Write every picture and the table, of the runs that have an epoch. Return what could not be
+    read or drawn, a line each."""
     runs, problems, drawn = [], [], set()
     for path in args.histories:
         try:
-            runs.append(read_history(path) | {"name": path.stem, "path": path})
+            run = read_history(path) | {"name": path.stem, "path": path}
+            runs += [run] if run["epochs"] else []
         except (OSError, ValueError) as error:
             problems.append(error)
     rows = group(runs)
@@ -92,10 +93,10 @@ def name_row(row):
 
 def last_accuracies(row):
     """Return the accuracies (%) that a row's runs end with: evaluate.py's if all were tested, else
-    the last epochs'. A run without an epoch has none."""
+    the last epochs'."""
     if all("test" in run for run in row):
         return [run["test"]["accuracy"] for run in row]
-    return [run["epochs"][-1]["val_accuracy"] for run in row if run["epochs"]]
+    return [run["epochs"][-1]["val_accuracy"] for run in row]
 
 
 def note_unfinished(row):
@@ -130,8 +131,6 @@ def describe_results(row):
     """Return a row's cells in the table from "parameters" on."""
     reported, values = row[0]["reported"], last_accuracies(row)
     cells = [f"{row[0]['parameters']:,}", ", ".join(f"{x:.2f} %" for x in reported)]
-    if not values:
-        return [*cells, "no epoch yet" + note_unfinished(row), "", ""]
     mean = statistics.fmean(values)
     result, difference = f"{mean:.2f} %", ", ".join(f"{mean - x:+.2f}" for x in reported)
     if len(values) > 1:
@@ -144,24 +143,21 @@ def describe_results(row):
 
 def draw_run(row, title):
     """Return a Figure of a row, one run or several seeds: each metric per epoch, loss per batch."""
-    batch_losses = [run["batch_losses"] for run in row if run["batch_losses"]]
     seeds = f", mean and range of {len(row)} seeds" if len(row) > 1 else ""
     names = list_metrics(row)
     places = [[name, names[min(i + 1, len(names) - 1)]] for i, name in enumerate(names)][::2]
-    places += [["batches", "batches"]] if batch_losses else []
+    places += [["batches", "batches"]]
     figure = start_figure(title + seeds + note_unfinished(row), 0.3 + 2.6 * len(places))
     axes = figure.subplot_mosaic(places)
     for name in names:
         draw_epochs(axes[name], row, name)
-    if batch_losses:
-        draw_batches(axes["batches"], batch_losses)
+    draw_batches(axes["batches"], [run["batch_losses"] for run in row])
     return figure
 
 
 def list_metrics(row):
     """Return the metrics of training or validation that the epochs of a row have."""
-    keys = row[0]["epochs"][0] if row[0]["epochs"] else ()
-    parts = (key.partition("_") for key in keys)
+    parts = (key.partition("_") for key in row[0]["epochs"][0])
     names = ["loss", "accuracy", *(name for part, _, name in parts if part in ("train", "val"))]
     return list(dict.fromkeys(names))
 
@@ -173,20 +169,16 @@ def draw_epochs(axes, row, name):
         if all(f"{part}_{name}" in epoch for run in row for epoch in run["epochs"]):
             label = {"train": "training", "val": "validation"}[part]
             ends.append((draw_metric(axes, row, f"{part}_{name}", line, colour, label), colour))
-    if any(run["epochs"] for run in row):
-        if len(ends) == 2:
-            (train, _), (val, _) = ends
-            epochs, faint = np.arange(1, len(train) + 1), {"alpha": 0.1, "linewidth": 0}
-            axes.fill_between(epochs, train, val, color="black", label="gap", **faint)
-        ends.sort(key=lambda end: end[0][-1])  # so that the two numbers do not overlap
-        for (means, colour), va in zip(ends, ("top", "bottom")):
-            text, where = f"{means[-1]:.2f}", {"xytext": (6, 0), "textcoords": "offset points"}
-            axes.annotate(text, (len(means), means[-1]), **where, color=colour, va=va, fontsize=8)
-        axes.legend(frameon=False, fontsize=8)
-        axes.margins(y=0.12)  # for the numbers
-    else:
-        axes.text(0.5, 0.5, "no epoch yet", ha="center", transform=axes.transAxes)
-        axes.set(xticks=[], yticks=[])
+    if len(ends) == 2:
+        (train, _), (val, _) = ends
+        epochs, faint = np.arange(1, len(train) + 1), {"alpha": 0.1, "linewidth": 0}
+        axes.fill_between(epochs, train, val, color="black", label="gap", **faint)
+    ends.sort(key=lambda end: end[0][-1])  # so that the two numbers do not overlap
+    for (means, colour), va in zip(ends, ("top", "bottom")):
+        text, where = f"{means[-1]:.2f}", {"xytext": (6, 0), "textcoords": "offset points"}
+        axes.annotate(text, (len(means), means[-1]), **where, color=colour, va=va, fontsize=8)
+    axes.legend(frameon=False, fontsize=8)
+    axes.margins(y=0.12)  # for the numbers
     style(axes, "epoch", "accuracy (%)" if name == "accuracy" else name.replace("_", " "))
 
 
@@ -249,12 +241,11 @@ def draw_dots(axes, rows, names):
         values = last_accuracies(row)
         if len(values) > 1:
             axes.plot(sorted(values), [place] * len(values), "|-", color=BLUE, label="seeds")
-        for figure in row[0]["reported"]:
+        for reported in row[0]["reported"]:
             ring = {"fillstyle": "none", "markersize": 9, "markeredgewidth": 1.5}
-            axes.plot(figure, place, "o", color=ORANGE, label="reported", **ring)
-        if values:
-            mean = statistics.fmean(values)
-            axes.plot(mean, place, "D", color=BLUE, markersize=4.5, label="measured")
+            axes.plot(reported, place, "o", color=ORANGE, label="reported", **ring)
+        mean = statistics.fmean(values)
+        axes.plot(mean, place, "D", color=BLUE, markersize=4.5, label="measured")
     axes.set_yticks(range(len(rows)), names, fontsize=8)
     axes.set_ylim(len(rows) - 0.5, -0.5)  # the first row on top
     labelled = dict(zip(*reversed(axes.get_legend_handles_labels())))  # each label once
@@ -282,10 +273,8 @@ def parse_args(argv=None):
     add("--out", type=to_path, help="folder to write to (default: that of the histories)")
     formats = "of the pictures (default: %(default)s)"
     add("--format", choices=("png", "svg", "pdf"), default="png", help=formats)
-    add("--title", help="of the picture; of several rows, of their comparison (default: the name)")
+    add("--title", help="title, of several rows of their comparison (default: the name)")
     args = parser.parse_args(argv)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # as device.py has it, which loads PyTorch
-        parser.error("one process draws: start it without torchrun")
     args.histories = list(dict.fromkeys(args.histories))
     return args
 

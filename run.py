@@ -20,7 +20,6 @@ import shlex
 import signal
 import sys
 import time
-import warnings
 import zipfile
 from datetime import timedelta
 from pathlib import Path
@@ -55,8 +54,11 @@ class Run:
     def __init__(self, args, saved, images, info, **parts):
         """Restore what was saved; write the first files. `saved` is what find_run gave, `images`
         how many an epoch has, `info` what the history is to say of the run. `parts` have a
-        state_dict: model, optimizer, scheduler, and ema, which may be None."""
-        self.args, self.parts = args, {name: part for name, part in parts.items() if part}
+        state_dict: model, optimizer, and ema, which may be None."""
+        self.args, self.parts = (
+            args,
+            {name: part for name, part in parts.items() if part is not None},
+        )
         self.config = vars(args) | {"out": str(args.out), "data_dir": str(args.data_dir.absolute())}
         size = args.batch_size
         self.batch_sizes = [min(size, images - first) for first in range(0, images, size)]
@@ -70,9 +72,11 @@ class Run:
             self._restore(saved)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._on_signal)
-        barrier()  # until all processes have read what is there of the run
+        barrier()  # until all processes have read the existing files
         if not saved and RANK == 0:
-            self.path(".json").unlink(missing_ok=True)  # no kill leaves files of two runs
+            self.path(".json").unlink(
+                missing_ok=True
+            )  # so that a kill never leaves files of two runs
             self._write_checkpoint()
         self._write_history()
         print0("\n" + HEADER)
@@ -89,9 +93,9 @@ class Run:
         return len(self.history["epochs"]), len(self.metrics.get("loss", ()))
 
     def log_batch(self, epoch, step, lr, loss, correct, **metrics):
-        """Note a batch's metrics, numbers or tensors of one; save or stop if it is time to. `loss`
-        and `correct` are tensors, of this process's images and added up; others are the same in
-        each process. Raises Stop if the loss is NaN or infinite, or a signal came."""
+        """Record a batch's metrics, numbers or tensors of one; save or stop if it is time to.
+        `loss` and `correct` are tensors, of this process's images and added up; others are the same
+        in each process. Raises Stop if the loss is NaN or infinite, or a signal came."""
         loss, correct = all_reduce(torch.stack([loss.detach(), correct])).unbind()
         for name, value in {"loss": loss, "correct": correct, **metrics}.items():
             self.metrics.setdefault(name, []).append(torch.as_tensor(value).detach())
@@ -113,7 +117,7 @@ class Run:
 
     def log_epoch(self, epoch, **validation):
         """Add an epoch's metrics to the history, write it and print them. `validation` are numbers:
-        val_loss, val_accuracy and whatever else. Raises Stop if one is NaN or infinite."""
+        val_loss, val_accuracy and any others. Raises Stop if one is NaN or infinite."""
         images, now = sum(self.batch_sizes), time.monotonic()
         metrics = {name: torch.stack(values).tolist() for name, values in self.metrics.items()}
         losses = map(round_loss, metrics["loss"])
@@ -133,7 +137,6 @@ class Run:
         self.history["batch_losses"] += losses
         self.metrics, self.began = {}, now
         self._write_history()
-        clear_progress()
         print0(format_epoch(line, self.args.epochs))
 
     def finish(self):
@@ -141,11 +144,7 @@ class Run:
         without a schedule keeps it all, since it may be given more epochs."""
         self.history["finished"] = True
         if RANK == 0:
-            try:
-                self._write_checkpoint(resumable=self.args.schedule == "none")
-            except OSError as error:
-                reason = f"no weights written ({error}); {format_resume()}"
-                raise Stop(reason, 1) from error
+            self._write_checkpoint(resumable=self.args.schedule == "none")
         self._write_history()
         leave()
 
@@ -163,8 +162,6 @@ class Run:
             saved.clear()  # its memory is needed
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"{self.path('.pt')} is of another run ({explain(error)})") from error
-        # A resumed run steps its scheduler before this process has trained.
-        warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
 
     def _write_history(self):
         if RANK == 0:
@@ -190,7 +187,9 @@ class Run:
 
     def _save_or_stop(self, device):
         """Save the run if it is time to; if a signal came, to whichever process, stop it."""
-        number = all_reduce(torch.tensor(self.signal, device=device), ReduceOp.MAX).item()
+        number = self.signal
+        if WORLD_SIZE > 1:
+            number = all_reduce(torch.tensor(number, device=device), ReduceOp.MAX).item()
         if not number and time.monotonic() - self.saved_at < self.save_seconds:
             return
         began, go_on = time.monotonic(), format_resume()
@@ -198,29 +197,27 @@ class Run:
             try:
                 self._write_checkpoint()
             except OSError as error:
-                clear_progress()
                 print(f"train.py: warning: the state is not saved: {error}", file=sys.stderr)
                 go_on = f"nothing could be saved now; {go_on}"
         self.saved_at = time.monotonic()
         # The state of the report's final model is 1.9 GB: where disks are slow, save it seldom.
         self.save_seconds = max(SAVE_SECONDS, 40 * (self.saved_at - began))
         if number:
-            clear_progress()
             raise Stop(f"{signal.Signals(number).name}: {go_on}", 128 + number)
 
     def _stop(self, what):
-        clear_progress()
         raise Stop(f"{what}, learning rate {self.lr:g}: try a lower --lr", 1)
 
     def _show_progress(self, epoch, done):
-        """Rewrite a line on the terminal: how far the run is and how long it still takes."""
-        if on_terminal():
+        """Rewrite a line on the terminal: how far the run is and how long it still takes. The next
+        line that is printed takes its place."""
+        if RANK == 0 and sys.stderr is not None and sys.stderr.isatty():
             share, seconds = done / len(self.batch_sizes), time.monotonic() - self.began
             rate = sum(self.batch_sizes[:done]) / seconds
             left = timedelta(seconds=round((self.args.epochs - epoch - share) * seconds / share))
             place = f"{epoch + 1:>3}/{self.args.epochs}  batch {done}/{len(self.batch_sizes)}"
             line = f"{place}  {rate:,.0f} images/s  {left} left"
-            print(f"\r{line:<78}", end="", file=sys.stderr, flush=True)
+            print(f"{line:<76}", end="\r", file=sys.stderr, flush=True)
 
 
 def find_run(args):
@@ -291,10 +288,10 @@ def claim(out, name):
 
 
 def write_checkpoint(path, checkpoint):
-    """Save a dict of tensors and plain values. OSError as the disk says; what was there stays."""
+    """Save a dict of tensors and plain values. OSError if that fails; what was there stays."""
     try:
         write_atomically(path, lambda file: torch.save({"format": FORMAT} | checkpoint, file))
-    except RuntimeError as error:  # so torch.save says that the file could not be written
+    except RuntimeError as error:  # so torch.save reports a failed write
         reason = str(error.__context__ or error).partition("\n")[0]
         raise OSError(f"{path}: {reason}") from error
 
@@ -314,9 +311,6 @@ def load_checkpoint(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if checkpoint["format"] != FORMAT:
             raise ValueError(f"its format is {checkpoint['format']!r}, now it is {FORMAT!r}")
-        tensors = checkpoint["weights"].values()
-        if sum(tensor.numel() * tensor.element_size() for tensor in tensors) > path.stat().st_size:
-            raise ValueError("its weights are larger than the file")
     except Exception as error:  # a damaged file can make the readers raise nearly anything
         raise ValueError(
             f"{path} is not a whole checkpoint of train.py ({explain(error)})"
@@ -335,8 +329,6 @@ def rebuild(checkpoint, path):
     ValueError if the two do not fit."""
     try:
         config, weights = checkpoint["config"], checkpoint["weights"]
-        if 4 * len(config["arch"]) + 2 * config["fc"] > len(weights):  # tensors
-            raise ValueError("it has more layers than weights")
         classes = CLASSES[config["dataset"]]
         with torch.device("meta"):  # without memory, whatever the config says
             model = build_model(config, len(classes))
@@ -371,17 +363,6 @@ def format_epoch(epoch, epochs):
         f"  {epoch['val_loss']:>10.4f}  {epoch['val_accuracy']:>6.2f}"
         f"  {epoch['seconds']:>7.1f}  {epoch['images_per_second']:>8,.0f}"
     )
-
-
-def on_terminal():
-    """Whether there is a terminal for a line of progress, and not a log or a pipe."""
-    return RANK == 0 and sys.stderr is not None and sys.stderr.isatty()
-
-
-def clear_progress():
-    """Make room for a line that stays."""
-    if on_terminal():
-        print(f"\r{'':<78}\r", end="", file=sys.stderr, flush=True)
 
 
 def explain(error):

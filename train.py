@@ -21,7 +21,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, OneCycleLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import fast
@@ -30,6 +29,7 @@ from device import (
     PRECISIONS,
     RANK,
     SHARE,
+    WORLD_SIZE,
     all_reduce,
     autocast,
     barrier,
@@ -45,7 +45,6 @@ from run import Run, Stop, claim, find_run, is_finished
 
 OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}
 MOST_HALVINGS = 5  # 32x32 to a single pixel
-RESERVED = ("-test", "-gates", "-wrong", "-predictions")  # endings of a run's pictures
 
 
 def train(args, saved):
@@ -58,38 +57,33 @@ def train(args, saved):
     train_set, validation_set = load_data(args, device)
     model = make_model(args, len(train_set.classes), device, precision)
     optimizer = make_optimizer(model, args)
-    scheduler = make_scheduler(optimizer, args, math.ceil(len(train_set) / args.batch_size))
     ema = make_ema(model, args)
     criterion = nn.CrossEntropyLoss(reduction="sum", label_smoothing=args.label_smoothing)
     network = torch.compile(distribute(model)) if args.compile else distribute(model)
     info = describe_run(model, device, precision)
-    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "ema": ema}
-    run = Run(args, saved, len(train_set), info, **parts)
+    run = Run(args, saved, len(train_set), info, model=model, optimizer=optimizer, ema=ema)
 
     first, start = run.position  # epoch and step: (0, 0), or where the run was saved
     for epoch in range(first, args.epochs):
         model.train()
         batches = train_set.batches(args.batch_size, args.seed, epoch, start, args.augment, SHARE)
         for step, (x, labels) in enumerate(batches, start):
-            lr = scheduler.get_last_lr()[0]
-            torch.manual_seed(derive_seed(args.seed, epoch, step, RANK))  # of dropout
+            lr = learning_rate(args, epoch, step, len(run.batch_sizes))
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            torch.manual_seed(derive_seed(args.seed, epoch, step, RANK))  # for dropout
             with amp:
                 logits = network(x)
-                # Of several processes each has its images' part of the batch's mean.
-                loss = criterion(logits, labels) / run.batch_sizes[step]
+                loss = criterion(logits, labels) / run.batch_sizes[step]  # of a process, its share
             optimizer.zero_grad()
-            loss.backward()
+            (WORLD_SIZE * loss).backward()  # shares add up, DistributedDataParallel averages
             optimizer.step()
-            if args.schedule == "onecycle":
-                scheduler.step()  # the learning rate changes with every batch
-            if ema:
+            if ema is not None:
                 ema.update_parameters(model)
             correct = (logits.argmax(1) == labels).sum()
             run.log_batch(epoch, step, lr, loss, correct)  # saves if it is time to; may stop
         batches = run.watch(validation_set.batches(share=SHARE))  # may save or stop, too
-        metrics = validate(ema or network, batches, amp)
-        if args.schedule != "onecycle":
-            scheduler.step()  # or with every epoch, and after validation, where a run may resume
+        metrics = validate(network if ema is None else ema, batches, amp)
         run.log_epoch(epoch, **metrics)
         start = 0
     run.finish()
@@ -140,16 +134,14 @@ def make_optimizer(model, args):
     return kind(groups, lr=args.lr, **options)
 
 
-def make_scheduler(optimizer, args, steps):
-    """Return PyTorch's scheduler of args.epochs epochs, stepped with each; "onecycle" with each
-    step: up to args.lr in the first fifth of the run, then down to nearly nothing (Smith and Topin
-    2017)."""
-    if args.schedule == "onecycle":
-        options = {"pct_start": 0.2, "anneal_strategy": "linear", "cycle_momentum": False}
-        return OneCycleLR(optimizer, args.lr, args.epochs * steps, **options)
-    if args.schedule == "cosine":
-        return CosineAnnealingLR(optimizer, args.epochs)
-    return ConstantLR(optimizer, factor=1)
+def learning_rate(args, epoch, step, steps):
+    """Return the learning rate of a step, of so many in an epoch."""
+    if args.schedule == "cosine":  # epoch by epoch
+        return args.lr * (1 + math.cos(math.pi * epoch / args.epochs)) / 2
+    if args.schedule == "onecycle":  # step by step, up in a fifth of the run (Smith and Topin 2017)
+        done, all_steps = epoch * steps + step, args.epochs * steps
+        return args.lr * min((done + 1) / (0.2 * all_steps), (all_steps - done) / (0.8 * all_steps))
+    return args.lr
 
 
 def make_ema(model, args):
@@ -239,7 +231,7 @@ def parse_args(argv=None):
     add("--epochs", type=positive, default=15, help="passes over the training images")
 
     add = parser.add_argument_group("run").add_argument
-    add("--name", help="of its files, with -seedN for a seed other than 0; None: data set, arch, k")
+    add("--name", help="of its files, with -seedN for a seed but 0; None: from data set, arch, k")
     add("--out", type=to_path, default="runs", help="folder for them")
     add("--seed", type=natural, default=0, help="seed of everything random")
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps ...; auto: cuda if there is one")
@@ -252,7 +244,11 @@ def parse_args(argv=None):
     )
     add("--mix", choices=fast.MIXES, default="auto", help="form of the gated sum; auto: fastest")
     add("--compile", action="store_true", help="torch.compile the network")
-    add("--resume", action="store_true", help="go on with NAME where it stopped, if it was begun")
+    add(
+        "--resume",
+        action="store_true",
+        help="continue NAME where it stopped; start it if there is none",
+    )
     add("--overwrite", action="store_true", help="replace NAME")
     percent = {"type": number(float, 0, 100), "metavar": "PERCENT"}
     add("--reported", nargs="+", default=[], **percent, help="published accuracies")
@@ -269,8 +265,6 @@ def refuse_contradictions(args, parser):
     plain = args.name == Path(args.name).name and args.name.isprintable()
     if not plain or args.name in ("", ".."):
         parser.error(f"--name {args.name!r} becomes part of file names; --out takes the folder")
-    if args.name.endswith(RESERVED) or args.name == "comparison":
-        parser.error(f"--name {args.name!r}: another run's picture is called so")
     if args.resume and args.overwrite:
         parser.error("--resume goes on with a run and --overwrite replaces it: give one of them")
     if len(set(args.downsample)) > MOST_HALVINGS or max(args.downsample, default=0) > len(
@@ -288,7 +282,7 @@ def refuse_contradictions(args, parser):
 
 
 def main(argv=None):
-    """Train the run that the options say; it ends in a line and an exit code where it fails."""
+    """Train the run that the options say; failures exit with a line and code 1."""
     args = parse_args(argv)
     try:
         with claim(args.out, args.name) if RANK == 0 else contextlib.nullcontext():

@@ -11,9 +11,7 @@ from conftest import RECIPE, ROOT, TINY, execute
 
 import data
 import device
-import evaluate
 import fast
-import plot
 from history import read_history
 from model import build_model
 
@@ -109,13 +107,6 @@ def test_shares_of_a_batch_are_disjoint_and_complete():
         parts = dataset.batches(4, seed=0, share=share)
         expected = [(images[share], labels[share]) for images, labels in whole]
         torch.testing.assert_close(list(parts), expected, rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("script", [evaluate, plot])
-def test_scripts_for_one_process_refuse_torchrun(script, monkeypatch, refused):
-    monkeypatch.setattr(evaluate, "WORLD_SIZE", 2)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "start it without torchrun" in refused(script.main, ["x"], code=2)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
