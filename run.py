@@ -243,15 +243,14 @@ def refuse_other_options(before, now, path):
     A run without a schedule may have more epochs: it is the same as far as it has come."""
     before, now = hyperparameters(before), hyperparameters(now)
     differ = [key for key in now if before.get(key) != now[key]]
-    longer = differ == ["epochs"] and now["epochs"] > before["epochs"]
-    if not differ or (longer and now["schedule"] == "none"):
+    if differ == ["epochs"] and now["schedule"] == "none" and now["epochs"] > before["epochs"]:
         return
-    differences = ", ".join(f"{key} {before.get(key)} (now {now[key]})" for key in differ)
-    reason = f"; its {now['schedule']} schedule depends on the number of epochs" if longer else ""
-    raise ValueError(
-        f"{path} was made with other options, {differences}{reason}: give those, another --name or "
-        "--out, or --overwrite"
-    )
+    if differ:
+        differences = ", ".join(f"{key} {before.get(key)} (now {now[key]})" for key in differ)
+        raise ValueError(
+            f"{path} was made with other options, {differences}: give those, another --name or "
+            "--out, or --overwrite"
+        )
 
 
 def is_finished(saved, args):

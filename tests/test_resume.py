@@ -94,7 +94,7 @@ def test_a_run_without_a_schedule_can_be_given_more_epochs(run):
         ("", None, "", "go on with it by --resume, replace it by --overwrite"),
         ("", None, "--resume --k 3", "made with other options, k 2 (now 3)"),
         ("", None, "--resume --dataset cifar10", "dataset shapes (now cifar10)"),
-        ("", None, "--resume --epochs 3", "cosine schedule depends on the number of epochs"),
+        ("", None, "--resume --epochs 3", "epochs 2 (now 3)"),
         ("", "run.pt", "--resume", "run.pt is gone"),
         ("", "run.json", "--resume --lr 7", "run.pt was made with other options, lr 0.001 (now 7"),
     ],
