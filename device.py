@@ -115,7 +115,7 @@ def all_reduce(tensor, operation=dist.ReduceOp.SUM):
 
 def distribute(model):
     """Return the model as one of several processes trains it: gradients are averaged over them, and
-    batch norms on GPUs take the statistics of all. On a CPU each process keeps its own."""
+    batch norms on GPUs take the statistics of all shares of a batch, on a CPU of their own."""
     if WORLD_SIZE == 1:
         return model
     if next(model.parameters()).is_cuda:
