@@ -11,6 +11,7 @@ a process each and takes turns: printed are medians, and ratios to the first, ta
 """
 
 import argparse
+import contextlib
 import multiprocessing
 import os
 import sys
@@ -65,41 +66,44 @@ class TextbookBlock(nn.Module):
         return x + y if self.residual else y
 
 
-def compare(what, forms, workers):
-    """Time forms in turn and print them; return a row of the results, the seconds of each turn.
-    `forms` are, by name, functions that build the function to time."""
-    for worker, build in zip(workers, forms.values()):
-        worker.submit(prepare, build).result()
-    pairs = list(zip(forms, workers))
-    turns = [
-        {name: worker.submit(time_step).result() for name, worker in pairs} for _ in range(TURNS)
-    ]
+def compare(what, forms):
+    """Time forms in turn, each in a fresh process, and print them; return a row of the results, the
+    seconds of each turn. `forms` are, by name, functions that build the function to time."""
     print(what)
-    first = next(iter(forms))
-    for name in forms:
-        ratios = sorted(turn[name] / turn[first] for turn in turns)
-        line = f"    {name:<34} {1000 * median(turn[name] for turn in turns):>10.2f} ms"
+    context = multiprocessing.get_context("spawn")
+    with contextlib.ExitStack() as stack:
+        workers = [stack.enter_context(ProcessPoolExecutor(1, context)) for _ in forms]
+        for worker, build in zip(workers, forms.values()):
+            worker.submit(prepare, build).result()
+        turns = [[worker.submit(time_step).result() for worker in workers] for _ in range(TURNS)]
+    seconds = dict(zip(forms, zip(*turns)))
+    for place, (name, values) in enumerate(seconds.items()):
+        ratios = sorted(turn[place] / turn[0] for turn in turns)
+        line = f"    {name:<34} {1000 * median(values):>10.2f} ms"
         spread = f"{median(ratios):>8.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
-        print(line + (spread if name != first else ""), flush=True)
-    return {"what": what, "seconds": {name: [turn[name] for turn in turns] for name in forms}}
+        print(line + (spread if place else ""), flush=True)
+    return {"what": what, "seconds": seconds}
 
 
 def prepare(build):
     """Build the function that time_step times, and warm it up: five calls, or ten seconds."""
     global step
-    step, seconds = None, 0  # the memory of the last one is free
-    step = build()
+    step, began = build(), time.perf_counter()
     for _ in range(5):  # in the first ones the memory of the process still grows
-        seconds += time_step() if seconds < 10 else 0
+        if time.perf_counter() - began < 10:
+            step()
 
 
 def time_step():
-    """Return the wall-clock seconds of a call, the device's work included."""
-    began = time.perf_counter()
-    step()
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
+    """Return the wall-clock seconds of a call, the device's work included: the mean of as many as
+    fill a fifth of a second."""
+    began, seconds, calls = time.perf_counter(), 0, 0
+    while seconds < 0.2:
+        step()
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        seconds, calls = time.perf_counter() - began, calls + 1
+    return seconds / calls
 
 
 def make_block(inputs, outputs, size, k, batch, device, precision):
@@ -215,10 +219,8 @@ def main(argv=None):
         precision = choose_precision(device)
         report = describe_environment(device, precision)
         print(f"{report['device']}, PyTorch {report['torch']}")
-        context = multiprocessing.get_context("spawn")
-        workers = [ProcessPoolExecutor(1, context) for _ in range(len(fast.FORMS) + 1)]
         comparisons = list_comparisons(args.only, device, precision)
-        report["results"] = [compare(what, forms, workers) for what, forms in comparisons]
+        report["results"] = [compare(what, forms) for what, forms in comparisons]
         if args.json:
             args.json.parent.mkdir(parents=True, exist_ok=True)
             write_history(args.json, report)

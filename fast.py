@@ -74,10 +74,10 @@ MIXES = ("auto", *FORMS)
 
 # Forward and backward of a block, ms, by python bench.py --only form. Zen 4 in bfloat16, two cores:
 #                                    outputs   inputs  kernels
-#   64 to 128, 32x32, k = 3, batch 32     128      111       46
-#  256 to 512, 32x32, k = 3, batch 32    1693     1671      605
-#  128 to 128, 16x16, k = 2, batch 128    147      142      103
-#  256 to 256,   8x8, k = 2, batch 512    539      531      775
+#   64 to 128, 32x32, k = 3, batch 32     132      112       48
+#  256 to 512, 32x32, k = 3, batch 32    1699     1580      606
+#  128 to 128, 16x16, k = 2, batch 128    157      153      108
+#  256 to 256,   8x8, k = 2, batch 512    539      526      788
 # H200, bfloat16: the k outputs cost more once they do not fit into its cache, 60 MB:
 #   64 to 128, 32x32, k = 3, batch 128   1.46     1.62      2.6
 #  256 to 512, 32x32, k = 3, batch 128   7.30     5.64

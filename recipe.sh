@@ -19,7 +19,7 @@ parts=( # of the recipe, by name, that can be left out
     "augment --augment crop flip"
     "smoothing --label-smoothing 0.1"
     "onecycle --schedule onecycle"
-    "decay --weight-decay 5e-4 --no-bias-decay"
+    "decay --weight-decay 2e-3 --no-bias-decay"
 )
 recipe=
 for part in "${parts[@]}"; do recipe+=" ${part#* }"; done

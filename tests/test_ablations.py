@@ -110,7 +110,7 @@ PARTS = {
     "augment": {"augment": ["crop", "flip"]},
     "smoothing": {"label_smoothing": 0.1},
     "onecycle": {"schedule": "onecycle"},
-    "decay": {"weight_decay": 5e-4, "bias_decay": False},
+    "decay": {"weight_decay": 2e-3, "bias_decay": False},
 }
 
 
