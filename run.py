@@ -37,7 +37,7 @@ try:
 except ImportError:  # Windows: there, two runs of one name are not kept apart
     fcntl = None
 
-FORMAT = "gated multi-convolution checkpoint 3"
+FORMAT = "gated multi-convolution checkpoint 4"
 SAVE_SECONDS = 60  # from one saved state to the next, or 40 times what saving takes
 LOOK_EVERY = 16  # batches, where reading a loss makes the CPU wait for the device
 HEADER = "  epoch        lr  train loss  acc. %    val loss  acc. %  seconds  images/s"
