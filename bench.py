@@ -66,16 +66,14 @@ class TextbookBlock(nn.Module):
         return x + y if self.residual else y
 
 
-def compare(what, forms):
-    """Time forms in turn, each in a fresh process, and print them; return a row of the results, the
-    seconds of each turn. `forms` are, by name, functions that build the function to time."""
+def compare(what, forms, workers):
+    """Time forms in turn and print them; return a row of the results, the seconds of each turn.
+    `forms` are, by name, functions that build the function to time, each in a worker of its own."""
+    workers = workers[: len(forms)]
+    for worker, build in zip(workers, forms.values()):
+        worker.submit(prepare, build).result()
+    turns = [[worker.submit(time_step).result() for worker in workers] for _ in range(TURNS)]
     print(what)
-    context = multiprocessing.get_context("spawn")
-    with contextlib.ExitStack() as stack:
-        workers = [stack.enter_context(ProcessPoolExecutor(1, context)) for _ in forms]
-        for worker, build in zip(workers, forms.values()):
-            worker.submit(prepare, build).result()
-        turns = [[worker.submit(time_step).result() for worker in workers] for _ in range(TURNS)]
     seconds = dict(zip(forms, zip(*turns)))
     for place, (name, values) in enumerate(seconds.items()):
         ratios = sorted(turn[place] / turn[0] for turn in turns)
@@ -88,6 +86,7 @@ def compare(what, forms):
 def prepare(build):
     """Build the function that time_step times, and warm it up: five calls, or ten seconds."""
     global step
+    step = None  # the memory of the last one is free
     step, began = build(), time.perf_counter()
     for _ in range(5):  # in the first ones the memory of the process still grows
         if time.perf_counter() - began < 10:
@@ -170,28 +169,34 @@ def build_training(row, device, precision, textbook=False):
     return step
 
 
-def list_comparisons(only, device, precision):
-    """Yield what is to be compared: what it is, and functions that build its forms, by name."""
-    images = 128 if device.type == "cuda" else 32
-    for shape in SHAPES if "form" in only else ():
+def list_forms(device, precision):
+    """Yield each shape of a block, and functions that build its forms, the chosen one first."""
+    for shape in SHAPES:
         inputs, outputs, size, k = shape
-        batch = images * min(16, (32 // size) ** 2)  # as much work for small ones
+        batch = (128 if device.type == "cuda" else 32) * min(16, (32 // size) ** 2)
         block, x = make_block(*shape, batch, device, precision)
         with autocast(device, precision):
             chosen = fast.choose_form(x, block.coefficients(x), block.convs)
         names = sorted(fast.FORMS, key=lambda form: form != chosen)
         forms = {
-            name: partial(build_block, name, shape, batch, device, precision) for name in names
+            form: partial(build_block, form, shape, batch, device, precision) for form in names
         }
         # Forward, backward of the kernels and, but for images, of the input.
         macs = (3 if inputs > 3 else 2) * batch * size**2 * 9 * inputs * outputs
         forms["one convolution's as a product"] = partial(build_product, macs, device, precision)
         yield f"{inputs} to {outputs}, {size}x{size}, k = {k}, batch {batch}", forms
-    for row in ROWS if "step" in only else ():
+
+
+def list_steps(device, precision):
+    """Yield each row, and functions that build its training step, ours and then the textbook's."""
+    for row, (_, batch) in ROWS.items():
         forms = {f"ours, {precision}": partial(build_training, row, device, precision)}
         for other in sorted({precision, "float32"}):
             forms[f"textbook, {other}"] = partial(build_training, row, device, other, textbook=True)
-        yield f"training step of {row}, batch {ROWS[row][1]}", forms
+        yield f"training step of {row}, batch {batch}", forms
+
+
+PARTS = {"form": list_forms, "step": list_steps}
 
 
 def parse_args(argv=None):
@@ -202,8 +207,7 @@ def parse_args(argv=None):
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    parts = ("form", "step")
-    add("--only", nargs="+", choices=parts, default=parts, help="parts of it (default: both)")
+    add("--only", nargs="+", choices=PARTS, default=list(PARTS), help="parts (default: both)")
     where = "where to time (default: auto)"
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help=where)
     add("--json", type=to_path, metavar="FILE", help="write the results here as well")
@@ -219,8 +223,12 @@ def main(argv=None):
         precision = choose_precision(device)
         report = describe_environment(device, precision)
         print(f"{report['device']}, PyTorch {report['torch']}")
-        comparisons = list_comparisons(args.only, device, precision)
-        report["results"] = [compare(what, forms) for what, forms in comparisons]
+        report["results"], context = [], multiprocessing.get_context("spawn")
+        for part in args.only:
+            with contextlib.ExitStack() as stack:  # only workers that run ours keep memory
+                workers = [stack.enter_context(ProcessPoolExecutor(1, context)) for _ in range(4)]
+                for what, forms in PARTS[part](device, precision):
+                    report["results"].append(compare(what, forms, workers))
         if args.json:
             args.json.parent.mkdir(parents=True, exist_ok=True)
             write_history(args.json, report)
