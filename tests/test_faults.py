@@ -69,7 +69,7 @@ def whole(tmp_path_factory):
     return ending(folder), seconds
 
 
-@pytest.mark.parametrize("number", range(20))
+@pytest.mark.parametrize("number", range(10))
 def test_a_killed_run_goes_on_to_the_same_end(whole, tmp_path, number):
     expected, seconds = whole
     chance = random.Random(number)

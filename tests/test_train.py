@@ -230,9 +230,8 @@ def test_a_name_is_made_from_the_options():
     assert parse_args("--arch 16 --seed 2".split()).name == "cifar10-16-k3-seed2"
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_a_compiled_network_has_the_losses_of_the_others(run, monkeypatch, precision):
-    options = f"--arch 8 8 --fc 1 --limit 256 --batch-size 128 --precision {precision}"
+def test_a_compiled_network_has_the_losses_of_the_others(run, monkeypatch):
+    options = "--arch 8 8 --fc 1 --limit 256 --batch-size 128"
     plain = run(options)["batch_losses"]
     # All of torch.compile but the compiler, which takes half a minute.
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
