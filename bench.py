@@ -134,10 +134,8 @@ def build_product(macs, device, precision):
     """Return a function that multiplies two matrices in so many multiply-accumulates."""
     size = 8192 if device.type == "cuda" else 2048
     options = {"device": device, "dtype": getattr(torch, precision)}
-    left, right = (
-        torch.randn(size, size, **options),
-        torch.randn(size, macs // size**2 + 1, **options),
-    )
+    left = torch.randn(size, size, **options)
+    right = torch.randn(size, macs // size**2 + 1, **options)
     return lambda: left @ right
 
 

@@ -78,7 +78,8 @@ class Dataset:
         generator = torch.Generator(device)
         for step, indices in islice(enumerate(order.split(size)), start, None):
             images = self.images.index_select(0, indices)  # 20 times faster than images[indices]
-            generator.manual_seed(derive_seed(seed, epoch, step, "augment"))
+            if augment:
+                generator.manual_seed(derive_seed(seed, epoch, step, "augment"))
             for name in augment:
                 images = AUGMENTATIONS[name](images, generator)
             x = images[share].float().mul_(scale).add_(shift)

@@ -63,10 +63,10 @@ def autocast(device, precision):
 
 def describe_environment(device, precision):
     """Return what a run is made with, as its history keeps it."""
-    cuda, threads = device.type == "cuda", torch.get_num_threads()
-    kind = (
-        torch.cuda.get_device_name(device) if cuda else f"{platform.machine()}, {threads} threads"
-    )
+    threads = torch.get_num_threads()
+    kind = f"{platform.machine()}, {threads} threads"
+    if device.type == "cuda":
+        kind = torch.cuda.get_device_name(device)
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -89,6 +89,7 @@ def find_commit():
 
 
 def print0(*text):
+    """Print, if this is the first process."""
     if RANK == 0:
         print(*text, flush=True)
 

@@ -87,8 +87,8 @@ def measure(model, batches, amp, classes, tta=False):
     the accuracy and the loss that test-time augmentation gives."""
     kept = {name: [] for name, _ in model.backbone.named_children()}
     hooks = [
-        block.register_forward_pre_hook(
-            lambda block, x, keep=keep: keep.append(block.coefficients(*x))
+        block.gate_linear.register_forward_hook(
+            lambda _layer, _input, output, keep=keep, gate=block.gate: keep.append(gate(output))
         )
         for block, keep in zip(model.backbone, kept.values())
     ]
@@ -201,13 +201,13 @@ def classify(path, args):
 def export(path, target):
     """Write the weights of a checkpoint alone, in half precision: a checkpoint for evaluate.py and
     load_model. Its own precision is float32, which every machine has."""
+    if target.exists():
+        raise ValueError(f"{target} exists: give another file to --export")
     checkpoint = load_checkpoint(path)
     weights = checkpoint["weights"].items()
     halves = {name: w.half() if w.is_floating_point() else w for name, w in weights}
     kept = {"config": checkpoint["config"] | {"data_dir": "data", "out": "runs"}}
     kept |= {"history": checkpoint["history"], "precision": "float32", "weights": halves}
-    if target.exists():
-        raise ValueError(f"{target} exists: give another file to --export")
     target.parent.mkdir(parents=True, exist_ok=True)
     write_checkpoint(target, kept)
     print(target, file=sys.stderr)

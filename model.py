@@ -29,7 +29,7 @@ GATES = {  # of (N, k)
     "relu": torch.relu,
     "sigmoid": torch.sigmoid,
     "none": lambda a: a,
-    "mean": lambda a: 0 * a + 1 / a.shape[1],  # no gate: each convolution has the same weight
+    "mean": lambda a: 0 * a + 1 / a.shape[1],  # a control: all weigh the same
 }
 
 # What build_model takes; train.py's options have these names and, as defaults, these values.

@@ -51,10 +51,11 @@ def draw_all(args):
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             problems.append(f"{target} is not drawn: {type(error).__name__}: {error}")
     if rows:
-        print(tabulate(rows), end="")
+        results = tabulate(rows)
+        print(results, end="")
     if len(rows) > 1:
-        table, folder = tabulate(rows).encode(), args.out or runs[0]["path"].parent
-        write_atomically(folder / "results.md", lambda file: file.write(table))
+        folder = args.out or runs[0]["path"].parent
+        write_atomically(folder / "results.md", lambda file: file.write(results.encode()))
     return problems
 
 

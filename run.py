@@ -55,10 +55,8 @@ class Run:
         """Restore what was saved; write the first files. `saved` is what find_run gave, `images`
         how many an epoch has, `info` what the history is to say of the run. `parts` have a
         state_dict: model, optimizer, and ema, which may be None."""
-        self.args, self.parts = (
-            args,
-            {name: part for name, part in parts.items() if part is not None},
-        )
+        self.args = args
+        self.parts = {name: part for name, part in parts.items() if part is not None}
         self.config = vars(args) | {"out": str(args.out), "data_dir": str(args.data_dir.absolute())}
         size = args.batch_size
         self.batch_sizes = [min(size, images - first) for first in range(0, images, size)]
@@ -74,9 +72,8 @@ class Run:
             signal.signal(number, self._on_signal)
         barrier()  # until all processes have read the existing files
         if not saved and RANK == 0:
-            self.path(".json").unlink(
-                missing_ok=True
-            )  # so that a kill never leaves files of two runs
+            # First, so that a kill never leaves files of two runs.
+            self.path(".json").unlink(missing_ok=True)
             self._write_checkpoint()
         self._write_history()
         print0("\n" + HEADER)
@@ -173,7 +170,7 @@ class Run:
             "config": self.config,
             "precision": self.history["environment"]["precision"],
             "history": json.dumps(self.history),
-            "weights": (ema.module if ema else model).state_dict(),  # those that are tested
+            "weights": (model if ema is None else ema.module).state_dict(),  # those that are tested
         }
         if resumable:
             checkpoint["state"] = {name: part.state_dict() for name, part in self.parts.items()}
@@ -188,7 +185,7 @@ class Run:
     def _save_or_stop(self, device):
         """Save the run if it is time to; if a signal came, to whichever process, stop it."""
         number = self.signal
-        if WORLD_SIZE > 1:
+        if WORLD_SIZE > 1:  # one process alone need not wait for its device
             number = all_reduce(torch.tensor(number, device=device), ReduceOp.MAX).item()
         if not number and time.monotonic() - self.saved_at < self.save_seconds:
             return

@@ -200,12 +200,8 @@ def parse_args(argv=None):
     add("--gate", choices=GATES, help="activation of the coefficients")
     add("--block-relu", action=on_off, help="ReLU after a block")
     add("--norm", choices=("none", "batch"), help="batch normalisation of the blocks' sums")
-    halves = {"type": positive, "nargs": "+", "metavar": "N"}
-    add(
-        "--downsample",
-        **halves,
-        help="max pooling in these blocks, counted from 1, before the norm",
-    )
+    halves = "max pooling in these blocks, counted from 1, before the norm"
+    add("--downsample", type=positive, nargs="+", metavar="N", help=halves)
     add("--residual", action=on_off, help="add a block's input where the output is as large")
     pools = "AdaptiveAvgPool2d(8), AvgPool2d(8), or the largest of the whole image"
     add("--pool", choices=("adaptive", "avg", "max"), help=pools)
@@ -235,20 +231,12 @@ def parse_args(argv=None):
     add("--out", type=to_path, default="runs", help="folder for them")
     add("--seed", type=natural, default=0, help="seed of everything random")
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps ...; auto: cuda if there is one")
-    precisions = "bfloat16 on cuda and on CPUs with instructions for it, else float32"
-    add(
-        "--precision",
-        choices=PRECISIONS,
-        default="auto",
-        help=f"of convolutions; auto: {precisions}",
-    )
+    auto = "of convolutions; auto: bfloat16 on cuda and CPUs with instructions for it, else float32"
+    add("--precision", choices=PRECISIONS, default="auto", help=auto)
     add("--mix", choices=fast.MIXES, default="auto", help="form of the gated sum; auto: fastest")
     add("--compile", action="store_true", help="torch.compile the network")
-    add(
-        "--resume",
-        action="store_true",
-        help="continue NAME where it stopped; start it if there is none",
-    )
+    resume = "continue NAME where it stopped; start it if there is none"
+    add("--resume", action="store_true", help=resume)
     add("--overwrite", action="store_true", help="replace NAME")
     percent = {"type": number(float, 0, 100), "metavar": "PERCENT"}
     add("--reported", nargs="+", default=[], **percent, help="published accuracies")
@@ -267,13 +255,12 @@ def refuse_contradictions(args, parser):
         parser.error(f"--name {args.name!r} becomes part of file names; --out takes the folder")
     if args.resume and args.overwrite:
         parser.error("--resume goes on with a run and --overwrite replaces it: give one of them")
-    if len(set(args.downsample)) > MOST_HALVINGS or max(args.downsample, default=0) > len(
-        args.arch
-    ):
+    halving, blocks = set(args.downsample), len(args.arch)
+    if len(halving) > MOST_HALVINGS or max(halving, default=0) > blocks:
         numbers = " ".join(map(str, args.downsample))
         parser.error(
-            f"--downsample {numbers}: --arch has blocks 1 to {len(args.arch)}, at most "
-            f"{MOST_HALVINGS} of which can halve the images"
+            f"--downsample {numbers}: --arch has blocks 1 to {blocks}, at most {MOST_HALVINGS} of "
+            "which can halve the images"
         )
     try:
         make_optimizer(nn.Linear(1, 1), args)
