@@ -100,9 +100,6 @@ def measure(model, batches, amp, classes, tta=False):
         {"block": name} | measure_gate(torch.cat(parts).cpu(), labels, classes)
         for name, parts in kept.items()
     ]
-    block = model.backbone[0]
-    kernels = block.convs.weight.unflatten(0, (block.gate_linear.out_features, -1)).cpu()
-    metrics["kernels"] = kernels.double().round(decimals=4).tolist()
     if tta:
         logits = add_mirrored(logits, model, batches, amp)
         augmented = measure_predictions(logits, labels, classes)

@@ -26,7 +26,6 @@ BLUE, ORANGE = COLOURS[:2]
 SHADES = "Blues"  # light is little: in grey the same
 WIDTH = 7.2  # inches, a printed page between its margins
 COLUMNS = 6  # of the misclassified images
-MOST = 16  # blocks, banks of kernels or coefficients in a picture
 
 
 def style(axes, x_label, y_label):
@@ -53,7 +52,7 @@ def save(figure, path):
 
 
 def draw_test(test, title):
-    """A Figure of test metrics (else KeyError): confusion, per-class accuracy, calibration."""
+    """A Figure of test metrics: confusion matrix, per-class accuracy, calibration."""
     title = f"{title}: {test['images']:,} test images, {test['accuracy']:.2f} % right"
     figure = start_figure(title, 9.2)
     places = [["confusion"] * 2, ["classes", "calibration"]]
@@ -116,34 +115,30 @@ def draw_calibration(axes, calibration):
 
 
 def draw_gates(test, title):
-    """A Figure of the gates' coefficients a_1 ... a_k of every block, and of the first kernels. Of
-    test metrics it needs per_class, gates and kernels (else KeyError); it draws MOST."""
-    gates, banks, names = test["gates"][:MOST], test["kernels"][:MOST], list(test["per_class"])
-    k = len(banks)
-    heights = 0.8 + len(gates) * (0.35 + 0.25 * k), 0.3 + min(WIDTH / k, 2.6)  # inches
-    figure = start_figure(f"{title}: coefficients of the gates", sum(heights) + 0.4)
-    top, bottom = figure.subfigures(2, 1, height_ratios=heights)
+    """A Figure of the gates' coefficients a_1 ... a_k of every block, from test metrics."""
+    gates, names = test["gates"], list(test["per_class"])
+    height = 1.2 + len(gates) * (0.35 + 0.25 * len(gates[0]["quantiles"]))
+    figure = start_figure(f"{title}: coefficients of the gates", height)
     grid = {"squeeze": False, "sharex": "col", "sharey": "row", "width_ratios": [2, 1]}
-    axes = top.subplots(len(gates), 2, **grid)
+    axes = figure.subplots(len(gates), 2, **grid)
     for (means, spread), gate in zip(axes, gates):
         draw_coefficients(means, spread, gate, names)
     axes[0, 0].set_title("mean coefficient of the test images of each class", fontsize=9)
     axes[0, 1].set_title("all: quartiles, extremes", fontsize=9)
     axes[-1, 1].set_xlabel("coefficient")
-    draw_kernels(bottom, banks, gates[0]["block"])
     return figure
 
 
 def draw_coefficients(means, spread, gate, names):
     """One block's gate: a heat map of its mean coefficients, a box for each over all images."""
-    shown = np.array(gate["mean_per_class"]).T[:MOST]  # (k, classes)
+    shown = np.array(gate["mean_per_class"]).T  # (k, classes)
     low, high = min(0, shown.min()), shown.max()
     high = high if high > low else low + 1  # a gate that is always shut
     texts = [f"{v:.2f}" if abs(v) < 10 else f"{v:.3g}" for v in shown.flat]
     draw_heat_map(means, shown, texts, low, high, names)
     means.set_yticks(range(len(shown)), [f"a{number}" for number in range(1, len(shown) + 1)])
     means.set_ylabel(gate["block"])
-    least, first, middle, third, most = np.array(gate["quantiles"][:MOST]).T
+    least, first, middle, third, most = np.array(gate["quantiles"]).T
     places = np.arange(len(least))
     spread.hlines(places, least, most, color="black", linewidth=1)
     spread.barh(places, third - first, 0.6, first, color="white", edgecolor="black")
@@ -151,29 +146,6 @@ def draw_coefficients(means, spread, gate, names):
     spread.locator_params(axis="x", nbins=4)
     spread.tick_params(axis="y", labelleft=False)
     style(spread, "", "")
-
-
-def draw_kernels(figure, banks, block):
-    """The k banks of 3x3 colour kernels of a block side by side, each scaled from 0 to 1."""
-    figure.suptitle(f"the banks of kernels of {block}, the colours of each scaled", fontsize=9)
-    panels = figure.subplots(1, len(banks), squeeze=False)[0]
-    for number, (axes, bank) in enumerate(zip(panels, banks), start=1):
-        image = tile(np.array(bank))
-        axes.imshow(image, interpolation="nearest")
-        axes.set_xlim(-0.5 - 0.03 * len(image[0]), 1.03 * len(image[0]) - 0.5)  # a gap between
-        axes.set_axis_off()
-        axes.set_title(f"bank a{number}", fontsize=8)
-
-
-def tile(kernels):
-    """Kernels (N, 3, 3, 3), channels first, as one RGB image: scaled, in a grid, white between."""
-    low, high = kernels.min(), kernels.max()
-    scaled = (kernels - low) / (high - low) if high > low else np.full(kernels.shape, 0.5)
-    columns = math.ceil(math.sqrt(len(kernels)))
-    rows = math.ceil(len(kernels) / columns)
-    space = (0, rows * columns - len(kernels)), (0, 0), (0, 1), (0, 1)
-    cells = np.pad(scaled, space, constant_values=1).reshape(rows, columns, 3, 4, 4)
-    return cells.transpose(0, 3, 1, 4, 2).reshape(4 * rows, 4 * columns, 3)[:-1, :-1]
 
 
 def draw_wrong(images, wrong, title):

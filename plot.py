@@ -23,10 +23,7 @@ from gallery import BLUE, COLOURS, ORANGE, draw_gates, draw_test, save, start_fi
 from history import hyperparameters, read_history, to_path, write_atomically
 
 DASHES = ("-", "--", "-.", ":")
-TESTED = {  # pictures of a run's test metrics: what draws them, and which metrics
-    "test": (draw_test, "images", "per_class", "confusion", "calibration"),
-    "gates": (draw_gates, "per_class", "gates", "kernels"),
-}
+TEST_PICTURES = {"test": draw_test, "gates": draw_gates}
 COLUMNS = ("row", "hyperparameters", "parameters", "reported", "measured", "difference", "seconds")
 
 
@@ -65,10 +62,8 @@ def list_pictures(runs, rows, title):
     for row in rows:
         yield row[0]["path"], name_row(row), draw_run, row, one_title or name_row(row)
     for run in runs:
-        for kind, (draw, *needed) in TESTED.items():
-            if set(needed) <= run.get("test", {}).keys():
-                name = f"{run['name']}-{kind}"
-                yield run["path"], name, draw, run["test"], one_title or run["name"]
+        for kind, draw in TEST_PICTURES.items() if "test" in run else ():
+            yield run["path"], f"{run['name']}-{kind}", draw, run["test"], one_title or run["name"]
     if len(rows) > 1:
         yield runs[0]["path"], "comparison", draw_comparison, rows, title or ""
 

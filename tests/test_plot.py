@@ -38,7 +38,7 @@ def pictures(folder):
 
 @pytest.fixture
 def test():
-    """Test figures of a network with 2 blocks, k = 3 and 4 kernels per bank, right every time."""
+    """Test figures of a network with 2 blocks and k = 3, right every time."""
     gate = {"mean_per_class": [[0.5, 0.3, 0.2]] * 10, "quantiles": [[0.1, 0.2, 0.3, 0.4, 0.5]] * 3}
     bins = [{"confidence": None, "accuracy": None, "count": 0}] * 14
     bins.append({"confidence": 97.0, "accuracy": 100.0, "count": 40})
@@ -50,7 +50,6 @@ def test():
         "per_class": {f"class{number}": 100.0 for number in range(10)},
         "confusion": (4 * np.eye(10, dtype=int)).tolist(),
         "gates": [{"block": name} | gate for name in ("block1", "block2")],
-        "kernels": np.linspace(-1, 1, 3 * 4 * 27).reshape(3, 4, 3, 3, 3).tolist(),
     }
 
 
@@ -152,41 +151,18 @@ def test_the_reliability_diagram_has_a_bar_of_each_bin_with_images(test):
 
 
 @pytest.mark.parametrize("k, blocks", [(1, 2), (3, 2), (5, 6)])
-def test_the_gates_of_every_block_and_the_first_kernels_are_drawn(test, k, blocks):
+def test_the_gates_of_every_block_are_drawn(test, k, blocks):
     gate = {"mean_per_class": [[1 / k] * k] * 10, "quantiles": [[0, 0.1, 0.2, 0.3, 2]] * k}
     test["gates"] = [{"block": f"block{number + 1}"} | gate for number in range(blocks)]
-    test["kernels"] = np.zeros((k, 64, 3, 3, 3)).tolist()
     axes = gallery.draw_gates(test, "row4").axes
-    assert len(axes) == 2 * blocks + k
-    assert [a.get_ylabel() for a in axes[: 2 * blocks : 2]] == [g["block"] for g in test["gates"]]
+    assert [a.get_ylabel() for a in axes[::2]] == [g["block"] for g in test["gates"]]
     assert texts(axes[0]) == [f"{1 / k:.2f}"] * 10 * k
-    assert axes[-1].get_title() == f"bank a{k}"
-
-
-def test_of_many_blocks_and_convolutions_the_first_are_drawn(test):
-    test["gates"] = 100 * [
-        {
-            "block": "block1",
-            "mean_per_class": [[1e-3] * 1000] * 10,
-            "quantiles": [[0, 0.1, 0.2, 0.3, 2]] * 1000,
-        }
-    ]
-    test["kernels"] = np.zeros((1000, 4, 3, 3, 3)).tolist()
-    assert len(gallery.draw_gates(test, "wide").axes) == 3 * gallery.MOST
 
 
 def test_one_row_leaves_the_table_of_many(history, tmp_path):
     (tmp_path / "results.md").write_text("many")
     assert draw(*save(tmp_path, history)) == 0
     assert (tmp_path / "results.md").read_text() == "many"
-
-
-def test_kernels_are_tiled_as_colours_with_white_between():
-    kernels = np.zeros((2, 3, 3, 3))
-    kernels[1, 2] = 5  # the second kernel is blue
-    image = gallery.tile(kernels)
-    assert image.shape == (3, 7, 3)
-    assert image[0, [0, 3, 4]].tolist() == [[0, 0, 0], [1, 1, 1], [0, 0, 1]]
 
 
 def test_wrong_images_are_drawn_with_true_and_predicted_names():
@@ -201,14 +177,8 @@ def test_a_tested_run_has_two_pictures_more(history, test, tmp_path):
     assert pictures(tmp_path) == ["row4-gates.png", "row4-test.png", "row4.png"]
 
 
-def test_old_test_figures_are_drawn_so_far_as_they_go(history, test, tmp_path):
-    old = {key: test[key] for key in ("accuracy", "images", "per_class", "confusion")}
-    assert draw(*save(tmp_path, history | {"test": old})) == 0
-    assert pictures(tmp_path) == ["row4.png"]
-
-
 def test_damaged_test_figures_are_named_and_the_rest_drawn(history, test, tmp_path):
-    damaged = test | {"confusion": "?", "kernels": []}
+    damaged = test | {"confusion": "?", "gates": []}
     problems = draw(*save(tmp_path, history | {"test": damaged}))
     assert problems.count("is not drawn: ") == 2
     assert (tmp_path / "row4.png").exists()
