@@ -17,7 +17,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import torchvision
-from torchvision.datasets.utils import check_integrity
 
 CLASSES = {
     "cifar10": "airplane automobile bird cat deer dog frog horse ship truck".split(),
@@ -115,22 +114,16 @@ def load_split(name, data_dir="data", holdout=0, limit=None):
 def _read_cifar10(data_dir, train):
     """Return torchvision's CIFAR10, verified by its md5 sums; OSError says what to do."""
     cifar10 = torchvision.datasets.CIFAR10
-    try:
-        return cifar10(data_dir, train=train)
-    except (RuntimeError, OSError):  # look before a download changes it
-        archive, files = data_dir / cifar10.filename, cifar10.train_list + cifar10.test_list
-        sums = [(data_dir / cifar10.base_folder / name, md5) for name, md5 in files]
-        sums = [(archive, cifar10.tgz_md5), *sums] if archive.exists() else sums
-        damaged = (path for path, md5 in sums if not check_integrity(path, md5))
-        damaged = next(damaged, data_dir / cifar10.base_folder)
-    try:
-        return cifar10(data_dir, train=train, download=True)
-    except (RuntimeError, OSError, EOFError) as error:
-        raise OSError(
-            f"no CIFAR-10 in {str(data_dir)!r}: {damaged} is missing or damaged, and a download "
-            f"failed ({error}); put {cifar10.filename} from {cifar10.url} there, or use --dataset "
-            "shapes, without files"
-        ) from error
+    for download in (False, True):
+        try:
+            return cifar10(data_dir, train=train, download=download)
+        except (RuntimeError, OSError, EOFError) as error:
+            reason = error
+    raise OSError(
+        f"{data_dir / cifar10.base_folder} is missing or damaged, and a download failed ({reason})"
+        f"; put {cifar10.filename} from {cifar10.url} into {data_dir}, or use --dataset shapes, "
+        "without files"
+    )
 
 
 def hold_out(dataset, count):

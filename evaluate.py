@@ -11,7 +11,6 @@ are cropped to a square and shrunk, and drawn with the predictions in runs/final
 """
 
 import argparse
-import contextlib
 import sys
 import warnings
 from pathlib import Path
@@ -72,12 +71,7 @@ def open_checkpoint(path, args):
     """Return (config, model, device, autocast context), the model on the device."""
     checkpoint = load_checkpoint(path)
     config, model = checkpoint["config"], rebuild(checkpoint, path)
-    try:
-        device = choose_device(args.device or config.get("device", "auto"))
-    except ValueError:
-        if args.device:
-            raise
-        device = choose_device()  # it was trained on another machine
+    device = choose_device(args.device)
     precision = checkpoint["precision"] if args.precision == "auto" else args.precision
     return config, model.to(device), device, autocast(device, precision)
 
@@ -214,15 +208,14 @@ def read_photo(path):
     """Return the image in a file, upright and over white: a PIL image of mode RGB.
     Of an animation it is the first frame. ValueError says why there is none."""
     try:
-        if not path.is_file():
+        if not path.is_file():  # a pipe would be waited for
             raise OSError("no file")
         with Image.open(path) as image:
             if image.mode.startswith(("I", "F")):  # PIL would clip it
                 raise ValueError("it has more than 8 bits a pixel: convert it")
-            with contextlib.suppress(Exception):  # damaged tags: it is used as it lies
-                image = ImageOps.exif_transpose(image)
+            image = ImageOps.exif_transpose(image).convert("RGBA")
             white = Image.new("RGBA", image.size, "white")
-            return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+            return Image.alpha_composite(white, image).convert("RGB")
     except Exception as error:  # a damaged file can make PIL's decoders raise nearly anything
         reason = " ".join(str(error).split())
         raise ValueError(f"{path}: not there, or not a whole image ({reason})") from error
@@ -244,7 +237,11 @@ def parse_args(argv=None):
     once = "only what is finished, was not tested and held no images out"
     add("--once", action="store_true", help=once)
     add("--data-dir", type=to_path, help="where CIFAR-10 is (default: where it was for training)")
-    add("--device", help="auto, cpu, cuda, cuda:1, mps ... (default: that of training)")
+    add(
+        "--device",
+        default="auto",
+        help="cpu, cuda, cuda:1, mps ... (default: cuda if there is one)",
+    )
     precision = "of convolutions and linear layers (default: that of training)"
     add("--precision", choices=PRECISIONS, default="auto", help=precision)
     args = parser.parse_args(argv)

@@ -17,8 +17,9 @@ NOT_HYPERPARAMETERS = set("data_dir name out device mix compile resume overwrite
 
 def read_history(path):
     """Return the history in a file, a dict. OSError or ValueError say what is wrong with it."""
+    text = Path(path).read_bytes()
     try:
-        history = json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=int)  # no NaN
+        history = json.loads(text, parse_constant=int)  # no NaN
         numbers = [history["parameters"], history["config"].get("seed", 0)]
         numbers += history["reported"] + history["batch_losses"]
         for epoch in [] + history["epochs"]:
@@ -27,14 +28,7 @@ def read_history(path):
         if not all(map(math.isfinite, numbers)):
             raise ValueError("a number is infinite")
         history["name"].encode(errors="replace"), history["finished"]  # are there
-    except (
-        ArithmeticError,
-        AttributeError,
-        LookupError,
-        TypeError,
-        ValueError,
-        RecursionError,
-    ) as error:
+    except Exception as error:  # JSON can hold anything
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(f"{path} is not a history that train.py wrote ({reason})") from error
     return history

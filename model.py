@@ -111,17 +111,7 @@ class Classifier(nn.Sequential):
     AdaptiveAvgPool2d(8), an 8x8 grid; "avg", AvgPool2d(8), a 4x4 grid of 32x32, where a size below
     8 replaces the 8; or "max", the largest of the whole image."""
 
-    def __init__(
-        self,
-        in_channels,
-        classes,
-        size=IMAGE_SIZE,
-        pool="adaptive",
-        fc=1,
-        hidden=4096,
-        dropout=0.0,
-        logit_scale=1.0,
-    ):
+    def __init__(self, in_channels, size, classes, pool, fc, hidden, dropout, logit_scale):
         cell = {"adaptive": max(1, size // GRID), "avg": min(GRID, size), "max": size}[pool]
         widths = [in_channels * (size // cell) ** 2, *[hidden] * (fc - 1)]
         layers = [Pool(F.max_pool2d if pool == "max" else F.avg_pool2d, cell), nn.Flatten()]
@@ -141,7 +131,7 @@ def build_model(options, classes=10):
     block = {name: options[name] for name in ("k", "gate", "norm", "downsample", "residual")}
     backbone = Backbone(options["arch"], relu=options["block_relu"], **block)
     head = {name: options[name] for name in ("pool", "fc", "hidden", "dropout", "logit_scale")}
-    classifier = Classifier(options["arch"][-1], classes, backbone.size, **head)
+    classifier = Classifier(options["arch"][-1], backbone.size, classes, **head)
     model = nn.Sequential(OrderedDict(backbone=backbone, classifier=classifier))
     if options["init"] == "he":
         model.apply(initialise_he)

@@ -195,17 +195,13 @@ def draw_batches(axes, batch_losses):
     """Draw every batch's training loss and its running mean; of several runs, mean and band."""
     shortest = min(map(len, batch_losses))
     window = min(shortest, max(2, shortest // 50))
-    weights = np.full(window, 1 / window)
-    means, low, high = spread([np.convolve(run, weights, "valid") for run in batch_losses])
+    losses, low, high = spread(batch_losses)
+    numbers, thin = np.arange(1, len(losses) + 1), {"alpha": 0.35, "linewidth": 0.5}
+    axes.fill_between(numbers, low, high, color=BLUE, label="each batch", **thin)
+    means = np.convolve(losses, np.full(window, 1 / window), "valid")
     middles = np.arange(len(means)) + (window + 1) / 2
-    losses = np.concatenate(batch_losses)
-    if len(batch_losses) == 1:
-        numbers, thin = np.arange(1, len(losses) + 1), {"alpha": 0.35, "linewidth": 0.5}
-        axes.plot(numbers, losses, color=BLUE, label="each batch", **thin)
-    else:
-        axes.fill_between(middles, low, high, color=BLUE, alpha=0.35, linewidth=0)
     axes.plot(middles, means, color="black", linewidth=1.2, label=f"mean of {window}")
-    usual, highest = np.percentile(losses, 99), losses.max()
+    usual, highest = np.percentile(high, 99), high.max()
     if highest > 3 * usual > 0:  # the first batches: they would flatten all others
         axes.set_ylim(0, 1.2 * usual)
         axes.set_title(f"above: up to {highest:.3g}", loc="left", fontsize=8)
