@@ -29,8 +29,7 @@ NORMALISATION = {
     "shapes": ((0.5003, 0.5023, 0.5000), (0.2720, 0.2706, 0.2725)),
 }
 
-CROP_PADDING = 4  # pixels
-CUTOUT = 8  # pixels, the side of the square
+CROP_PADDING = 2  # pixels
 EVALUATION_BATCH = 250  # images
 # Of torchvision, as some versions of NumPy give it.
 warnings.filterwarnings("ignore", message=".*align should be passed as Python or NumPy boolean")
@@ -152,10 +151,10 @@ def derive_seed(seed, *position):
 # An augmentation takes uint8 images (N, 3, H, W) and returns as many; all chance is drawn from the
 # generator, so that a run can be resumed.
 def crop(images, generator):
-    """Pad by 4 pixels, a mirror image of those inside, and cut H x W out at random."""
+    """Pad by 2 pixels, a mirror image of those inside, and cut H x W out at random."""
     (count, _, height, width), device = images.shape, images.device
     padded = F.pad(images.float(), (CROP_PADDING,) * 4, mode="reflect").to(images.dtype)
-    windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # (N, 3, 9, 9, H, W), a view
+    windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # (N, 3, 5, 5, H, W), a view
     places = 2 * CROP_PADDING + 1
     top, left = torch.randint(places, (2, count), device=device, generator=generator)
     return windows[torch.arange(count, device=device), :, top, left]
@@ -167,18 +166,7 @@ def flip(images, generator):
     return torch.where(chance < 0.5, images.flip(3), images)
 
 
-def cutout(images, generator):
-    """Blacken an 8x8 square around a random pixel (DeVries and Taylor 2017)."""
-    (count, _, height, width), device = images.shape, images.device
-    y = torch.randint(height, (count, 1, 1, 1), device=device, generator=generator)
-    x = torch.randint(width, (count, 1, 1, 1), device=device, generator=generator)
-    rows = torch.arange(height, device=device).view(-1, 1) + 0.5
-    columns = torch.arange(width, device=device) + 0.5
-    inside = ((rows - y).abs() < CUTOUT / 2) & ((columns - x).abs() < CUTOUT / 2)
-    return images.masked_fill(inside, 0)
-
-
-AUGMENTATIONS = {"crop": crop, "flip": flip, "cutout": cutout}  # in the order they are applied in
+AUGMENTATIONS = {"crop": crop, "flip": flip}  # in the order they are applied in
 
 
 def draw_shapes(count, seed):

@@ -37,7 +37,7 @@ try:
 except ImportError:  # Windows: there, two runs of one name are not kept apart
     fcntl = None
 
-FORMAT = "gated multi-convolution checkpoint 4"
+FORMAT = "gated multi-convolution checkpoint 5"
 SAVE_SECONDS = 60  # from one saved state to the next, or 40 times what saving takes
 LOOK_EVERY = 16  # batches, where reading a loss makes the CPU wait for the device
 HEADER = "  epoch        lr  train loss  acc. %    val loss  acc. %  seconds  images/s"
@@ -51,12 +51,10 @@ class Run:
     """One run: how far it has come, its history and its two files. Of several processes the first
     alone writes. `batch_sizes` are the images of each batch of an epoch."""
 
-    def __init__(self, args, saved, images, info, **parts):
+    def __init__(self, args, saved, images, info, model, optimizer):
         """Restore what was saved; write the first files. `saved` is what find_run gave, `images`
-        how many an epoch has, `info` what the history is to say of the run. `parts` have a
-        state_dict: model, optimizer, and ema, which may be None."""
-        self.args = args
-        self.parts = {name: part for name, part in parts.items() if part is not None}
+        how many an epoch has, `info` what the history is to say of the run."""
+        self.args, self.model, self.optimizer = args, model, optimizer
         self.config = vars(args) | {"out": str(args.out), "data_dir": str(args.data_dir.absolute())}
         size = args.batch_size
         self.batch_sizes = [min(size, images - first) for first in range(0, images, size)]
@@ -147,12 +145,12 @@ class Run:
 
     def _restore(self, saved):
         try:
-            for name, part in self.parts.items():
-                part.load_state_dict(saved["state"][name])
+            self.model.load_state_dict(saved["weights"])
+            self.optimizer.load_state_dict(saved["state"]["optimizer"])
             kept = json.loads(saved["history"])
             self.history |= {name: kept[name] for name in ("epochs", "batch_losses")}
             self.history["reported"] = self.args.reported or kept["reported"]
-            device = next(self.parts["model"].parameters()).device
+            device = next(self.model.parameters()).device
             for name, values in saved["state"]["metrics"].items():
                 self.metrics[name] = list(values.to(device).unbind())
             self.lr, self.began = saved["state"]["lr"], self.began - saved["state"]["seconds"]
@@ -165,18 +163,16 @@ class Run:
             write_history(self.path(".json"), self.history)
 
     def _write_checkpoint(self, resumable=True):
-        model, ema = self.parts["model"], self.parts.get("ema")
         checkpoint = {
             "config": self.config,
             "precision": self.history["environment"]["precision"],
             "history": json.dumps(self.history),
-            "weights": (model if ema is None else ema.module).state_dict(),  # those that are tested
+            "weights": self.model.state_dict(),
         }
         if resumable:
-            checkpoint["state"] = {name: part.state_dict() for name, part in self.parts.items()}
             metrics = {name: torch.stack(values).cpu() for name, values in self.metrics.items()}
-            seconds = time.monotonic() - self.began
-            checkpoint["state"] |= {"metrics": metrics, "lr": self.lr, "seconds": seconds}
+            checkpoint["state"] = {"optimizer": self.optimizer.state_dict(), "metrics": metrics}
+            checkpoint["state"] |= {"lr": self.lr, "seconds": time.monotonic() - self.began}
         write_checkpoint(self.path(".pt"), checkpoint)
 
     def _on_signal(self, number, frame):

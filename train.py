@@ -21,7 +21,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import fast
 from data import AUGMENTATIONS, CLASSES, derive_seed, load_split
@@ -57,11 +56,10 @@ def train(args, saved):
     train_set, validation_set = load_data(args, device)
     model = make_model(args, len(train_set.classes), device, precision)
     optimizer = make_optimizer(model, args)
-    ema = make_ema(model, args)
     criterion = nn.CrossEntropyLoss(reduction="sum", label_smoothing=args.label_smoothing)
     network = torch.compile(distribute(model)) if args.compile else distribute(model)
     info = describe_run(model, device, precision)
-    run = Run(args, saved, len(train_set), info, model=model, optimizer=optimizer, ema=ema)
+    run = Run(args, saved, len(train_set), info, model, optimizer)
 
     first, start = run.position  # epoch and step: (0, 0), or where the run was saved
     for epoch in range(first, args.epochs):
@@ -78,12 +76,10 @@ def train(args, saved):
             optimizer.zero_grad()
             (WORLD_SIZE * loss).backward()  # shares add up, DistributedDataParallel averages
             optimizer.step()
-            if ema is not None:
-                ema.update_parameters(model)
             correct = (logits.argmax(1) == labels).sum()
             run.log_batch(epoch, step, lr, loss, correct)  # saves if it is time to; may stop
         batches = run.watch(validation_set.batches(share=SHARE))  # may save or stop, too
-        metrics = validate(network if ema is None else ema, batches, amp)
+        metrics = validate(network, batches, amp)
         run.log_epoch(epoch, **metrics)
         start = 0
     run.finish()
@@ -142,13 +138,6 @@ def learning_rate(args, epoch, step, steps):
         done, all_steps = epoch * steps + step, args.epochs * steps
         return args.lr * min((done + 1) / (0.2 * all_steps), (all_steps - done) / (0.8 * all_steps))
     return args.lr
-
-
-def make_ema(model, args):
-    """Return the moving average of a model's weights and batch statistics, or None."""
-    if args.ema is None:
-        return None
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema), use_buffers=True)
 
 
 def describe_run(model, device, precision):
@@ -222,8 +211,6 @@ def parse_args(argv=None):
     schedules = "cosine: down, epoch by epoch; onecycle: up to --lr and down, by batches"
     add("--schedule", choices=("cosine", "onecycle", "none"), default="cosine", help=schedules)
     add("--label-smoothing", type=fraction, default=0.0, help="probability shared by all classes")
-    average = "decay of the weights' moving average, which is then validated and kept"
-    add("--ema", type=number(float, 0, 0.9999), metavar="DECAY", help=average)
     add("--epochs", type=positive, default=15, help="passes over the training images")
 
     add = parser.add_argument_group("run").add_argument

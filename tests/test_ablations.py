@@ -86,7 +86,6 @@ FINAL = {
     "nesterov": False,
     "bias_decay": True,
     "label_smoothing": 0.0,
-    "ema": None,
 }
 EARLY = {"init": "default", "schedule": "none", "epochs": 30}
 NETWORK = {

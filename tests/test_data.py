@@ -98,28 +98,14 @@ def test_batches_from_a_start_are_the_later_ones_of_the_epoch():
 def test_a_crop_cuts_each_image_out_of_its_padded_self():
     images = torch.randint(1, 256, (300, 3, 32, 32), dtype=torch.uint8)
     cropped = data.crop(images, torch.Generator().manual_seed(0))
-    padded = F.pad(images.float(), (4, 4, 4, 4), mode="reflect")
+    padded = F.pad(images.float(), (2, 2, 2, 2), mode="reflect")
     places = set()
     for image, result in zip(padded, cropped):
-        windows = image.unfold(1, 32, 1).unfold(2, 32, 1)  # (3, 9, 9, 32, 32)
+        windows = image.unfold(1, 32, 1).unfold(2, 32, 1)  # (3, 5, 5, 32, 32)
         found = (windows == result.view(3, 1, 1, 32, 32)).flatten(3).all(3).all(0).nonzero()
         assert len(found) == 1
         places.add(tuple(found[0].tolist()))
-    assert len(places) > 60  # of 81
-
-
-def test_cutout_blackens_a_square_around_a_random_pixel_of_each_image():
-    images = torch.randint(1, 256, (300, 3, 32, 32), dtype=torch.uint8)
-    cut = data.cutout(images, torch.Generator().manual_seed(0))
-    black = (cut == 0).all(1)
-    assert torch.equal(cut, images * ~black[:, None])
-    rows, columns = black.any(2), black.any(1)
-    assert torch.equal(black, rows[:, :, None] & columns[:, None, :])
-    sizes = torch.stack([rows.sum(1), columns.sum(1)])
-    assert (sizes.min(), sizes.max()) == (4, 8)  # a middle at the edge has half a square
-    for along in (rows, columns):  # one stretch of pixels, anywhere
-        assert (along.int().diff(dim=1).abs().sum(1) <= 2).all()
-        assert along.any(0).all()
+    assert len(places) == 25
 
 
 def test_a_flip_mirrors_half_of_the_images():

@@ -29,8 +29,8 @@ def draw_options(number):
     options += ["--precision", pick(["float32", "bfloat16"]), "--dropout", pick(["0", "0.5"])]
     sgd = "--optimizer sgd --lr 0.05 --momentum 0.9 --nesterov"
     options.append(pick(["", "--optimizer adam", sgd]))
-    flags = "--norm batch,--downsample 1,--residual,--label-smoothing 0.1,--ema 0.9,--no-bias-decay"
-    flags += ",--no-block-relu,--augment crop,--augment flip cutout"
+    flags = "--norm batch,--downsample 1,--residual,--label-smoothing 0.1,--no-bias-decay"
+    flags += ",--no-block-relu,--augment crop,--augment flip"
     options += [flag for flag in flags.split(",") if chance.random() < 0.4]
     return " ".join(options), chance.randint(1, 2 * math.ceil(100 / int(batch_size)))
 
@@ -136,10 +136,10 @@ def test_a_finished_run_whose_history_is_lost_gets_it_back(run, tmp_path, capsys
 
 
 def test_an_unfinished_run_can_be_tested(run, stop, tmp_path, capsys):
-    run("--ema 0.9 --epochs 1")
+    run("--epochs 1")
     evaluate.main([str(tmp_path / "run.pt")])
     after_an_epoch = capsys.readouterr().out.splitlines()[-1]
-    stop(6, "--ema 0.9 --epochs 2 --overwrite --schedule none")
+    stop(6, "--epochs 2 --overwrite --schedule none")
     evaluate.main([str(tmp_path / "run.pt")])
     output = capsys.readouterr()
     assert output.out.splitlines()[-1].startswith("Final Model Test Accuracy: ")
