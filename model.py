@@ -74,7 +74,10 @@ class Block(nn.Module):
         self.gate = GATES[gate]
         self.downsample = downsample
         self.pool = Pool(F.max_pool2d, 2) if downsample else nn.Identity()
-        self.norm = nn.BatchNorm2d(out_channels) if norm == "batch" else nn.Identity()
+        self.norm = nn.Identity()
+        if norm == "batch":  # ReLU lets the next kernels do what a scale would
+            self.norm = nn.BatchNorm2d(out_channels)
+            self.norm.weight.requires_grad_(False)
         self.activation = nn.ReLU() if relu else nn.Identity()
         self.residual = residual and in_channels == out_channels and not downsample
 
@@ -143,6 +146,20 @@ def initialise_he(module):
     if isinstance(module, (nn.Conv2d, nn.Linear)):
         nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
         nn.init.zeros_(module.bias)
+
+
+@torch.no_grad()
+def initialise_whitening(block, x):
+    """Let each of a block's k sets of kernels whiten images x (N, C, H, W): half of its kernels are
+    principal components of their 3x3 patches over the standard deviations, the others minus those
+    (as in airbench, Jordan 2024). Kernels that are left over stay as they are."""
+    patches = F.unfold(x, 3).transpose(1, 2).flatten(0, 1)  # (patches, 9 C)
+    variances, components = torch.linalg.eigh(patches.T @ patches / len(patches))
+    whitening = (components / (variances + 5e-4).sqrt()).T.flip(0)  # the largest variance first
+    for kernels in block.convs.weight.chunk(block.gate_linear.out_features):
+        half = min(len(whitening), len(kernels) // 2)
+        kernels[:half] = whitening[:half].view_as(kernels[:half])
+        kernels[half : 2 * half] = -kernels[:half]
 
 
 @torch.inference_mode()

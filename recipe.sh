@@ -9,17 +9,19 @@
 #   bash recipe.sh -- --arch 16 32 32 64 64 64 64 --epochs 8       # all, at a size for two CPU cores
 #
 # The rest is as in ablations.sh.
-network="--arch 64 128 128 256 256 256 256 --downsample 2 4 6 --k 2 --fc 1 --norm batch"
-network+=" --optimizer sgd --lr 0.4 --momentum 0.9 --nesterov --batch-size 512 --epochs 16"
+network="--arch 32 128 128 256 256 256 256 --downsample 2 4 6 --k 2 --fc 1 --norm batch"
+network+=" --init default --optimizer sgd --lr 0.4 --momentum 0.9 --nesterov --batch-size 512"
+network+=" --epochs 16"
 parts=( # of the recipe, by name, that can be left out
     "residual --residual"
     "max-pool --pool max"
     "logit-scale --logit-scale 0.125"
-    "init --init default"
+    "whitening --init whiten"
     "augment --augment crop flip"
     "smoothing --label-smoothing 0.1"
     "onecycle --schedule onecycle"
-    "decay --weight-decay 2e-3 --no-bias-decay"
+    "bias-lr --bias-lr 16"
+    "decay --weight-decay 2e-3"
 )
 recipe=
 for part in "${parts[@]}"; do recipe+=" ${part#* }"; done

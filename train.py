@@ -39,7 +39,7 @@ from device import (
     print0,
 )
 from history import to_path
-from model import DEFAULTS, GATES, build_model, count_macs, predict
+from model import DEFAULTS, GATES, build_model, count_macs, initialise_whitening, predict
 from run import Run, Stop, claim, find_run, is_finished
 
 OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}
@@ -54,7 +54,7 @@ def train(args, saved):
     precision = saved["precision"] if saved else choose_precision(device, args.precision)
     amp, fast.FORM = autocast(device, precision), args.mix
     train_set, validation_set = load_data(args, device)
-    model = make_model(args, len(train_set.classes), device, precision)
+    model = make_model(args, train_set, device, precision)
     optimizer = make_optimizer(model, args)
     criterion = nn.CrossEntropyLoss(reduction="sum", label_smoothing=args.label_smoothing)
     network = torch.compile(distribute(model)) if args.compile else distribute(model)
@@ -68,7 +68,7 @@ def train(args, saved):
         for step, (x, labels) in enumerate(batches, start):
             lr = learning_rate(args, epoch, step, len(run.batch_sizes))
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group["factor"]
             torch.manual_seed(derive_seed(args.seed, epoch, step, RANK))  # for dropout
             with amp:
                 logits = network(x)
@@ -105,16 +105,20 @@ def load_data(args, device):
     return [images.to(device) for images in both]
 
 
-def make_model(args, classes, device, precision):
-    """Return the network of the options, initialised from the seed alone, on the device."""
+def make_model(args, train_set, device, precision):
+    """Return the network of the options, initialised from the seed and, to whiten them, the first
+    images, on the device."""
     torch.manual_seed(args.seed)
-    model = build_model(vars(args), classes).to(device)
-    return model.to(memory_format=fast.memory_format(device, precision))
+    model = build_model(vars(args), len(train_set.classes))
+    if args.init == "whiten":
+        x, _ = next(train_set.batches(1_000))
+        initialise_whitening(model.backbone[0], x.cpu())
+    return model.to(device, memory_format=fast.memory_format(device, precision))
 
 
 def make_optimizer(model, args):
     """Return PyTorch's optimiser with the options that are given, its step fused where it can be.
-    Without args.bias_decay, weights decay, but not biases and the scales of normalisation."""
+    With args.bias_lr, biases learn so many times as fast as weights, and do not decay."""
     kind, parameters = OPTIMIZERS[args.optimizer], list(model.parameters())
     options = {"weight_decay": args.weight_decay, "momentum": args.momentum}
     options = {name: value for name, value in options.items() if value is not None}
@@ -122,11 +126,11 @@ def make_optimizer(model, args):
         options["nesterov"] = True
     if "fused" in inspect.signature(kind).parameters:
         options["fused"] = parameters[0].device.type in ("cpu", "cuda")
-    groups = [{"params": parameters}]
-    if not args.bias_decay:
-        weights = [tensor for tensor in parameters if tensor.dim() > 1]
-        others = [tensor for tensor in parameters if tensor.dim() <= 1]
-        groups = [{"params": weights}, {"params": others, "weight_decay": 0}]
+    groups = [{"params": parameters, "factor": 1}]
+    if args.bias_lr is not None:
+        biases = [tensor for tensor in parameters if tensor.dim() == 1]
+        groups[0]["params"] = [tensor for tensor in parameters if tensor.dim() > 1]
+        groups.append({"params": biases, "factor": args.bias_lr, "weight_decay": 0})
     return kind(groups, lr=args.lr, **options)
 
 
@@ -198,14 +202,16 @@ def parse_args(argv=None):
     add("--hidden", type=positive, help="units of each hidden one")
     add("--dropout", type=fraction, help="probability, after each hidden layer")
     add("--logit-scale", type=number(float, 0), help="factor of the last layer's outputs")
-    add("--init", choices=("he", "default"), help="initialisation: He's or PyTorch's default")
+    inits = "He's, PyTorch's default, or this and a first block that whitens the images"
+    add("--init", choices=("he", "default", "whiten"), help=inits)
     parser.set_defaults(**DEFAULTS)
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--optimizer", choices=OPTIMIZERS, default="adamw", help="PyTorch's own")
     add("--lr", type=number(float, 0), default=0.001, help="learning rate")
     add("--weight-decay", type=number(float, 0), help="None: the optimiser's own default")
-    add("--bias-decay", action=on_off, default=True, help="weight decay of biases and norms, too")
+    biases = "biases learn so many times as fast and do not decay; None: as weights"
+    add("--bias-lr", type=number(float, 0), metavar="FACTOR", help=biases)
     add("--momentum", type=fraction, help="None: the optimiser's own default, 0 of sgd")
     add("--nesterov", action=on_off, default=False, help="Nesterov's momentum")
     schedules = "cosine: down, epoch by epoch; onecycle: up to --lr and down, by batches"

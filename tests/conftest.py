@@ -28,8 +28,8 @@ TINY = (
 # All that goes beyond the report, at once; the second block keeps its width.
 RECIPE = (
     "--arch 8 8 12 --norm batch --downsample 3 --residual --pool max --logit-scale 0.5 "
-    "--augment crop flip --label-smoothing 0.1 --schedule onecycle --optimizer sgd --lr 0.1 "
-    "--momentum 0.9 --nesterov --weight-decay 5e-4 --no-bias-decay"
+    "--init whiten --augment crop flip --label-smoothing 0.1 --schedule onecycle "
+    "--optimizer sgd --lr 0.1 --momentum 0.9 --nesterov --weight-decay 5e-4 --bias-lr 16"
 ).split()
 
 for slow in ("draw_shapes", "_read_cifar10"):  # once for all tests

@@ -84,12 +84,13 @@ FINAL = {
     "logit_scale": 1.0,
     "momentum": None,
     "nesterov": False,
-    "bias_decay": True,
+    "bias_lr": None,
     "label_smoothing": 0.0,
 }
 EARLY = {"init": "default", "schedule": "none", "epochs": 30}
 NETWORK = {
-    "arch": [64, 128, 128, 256, 256, 256, 256],
+    "arch": [32, 128, 128, 256, 256, 256, 256],
+    "init": "default",
     "downsample": [2, 4, 6],
     "k": 2,
     "fc": 1,
@@ -105,11 +106,12 @@ PARTS = {
     "residual": {"residual": True},
     "max-pool": {"pool": "max"},
     "logit-scale": {"logit_scale": 0.125},
-    "init": {"init": "default"},
+    "whitening": {"init": "whiten"},
     "augment": {"augment": ["crop", "flip"]},
     "smoothing": {"label_smoothing": 0.1},
     "onecycle": {"schedule": "onecycle"},
-    "decay": {"weight_decay": 2e-3, "bias_decay": False},
+    "bias-lr": {"bias_lr": 16.0},
+    "decay": {"weight_decay": 2e-3},
 }
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import GATES, Block, build_model, count_macs
+from model import GATES, Block, build_model, count_macs, initialise_whitening
 
 
 def textbook(block, images):
@@ -150,3 +150,16 @@ def test_multiply_accumulates_are_counted_by_hand():
     assert count_macs(build_model(options)) == first + second + classifier
     halved = 16 * 16 * (kernels + biases) + gate
     assert count_macs(build_model(options | {"downsample": [1]})) == first + halved + classifier
+
+
+@pytest.mark.parametrize("width, whitened", [(64, 27), (16, 8)])
+def test_a_whitened_block_gives_uncorrelated_outputs_of_unit_variance(width, whitened):
+    torch.manual_seed(0)
+    x = torch.randn(20, 3, 32, 32).cumsum(3)  # neighbours are alike
+    block = Block(3, width, 2)
+    initialise_whitening(block, x)
+    for kernels in block.convs.weight.chunk(2):
+        outputs = F.conv2d(x, kernels).transpose(0, 1).flatten(1)
+        second_moments = outputs[:whitened] @ outputs[:whitened].T / outputs.shape[1]
+        torch.testing.assert_close(second_moments, torch.eye(whitened), atol=0.03, rtol=0)
+        assert torch.equal(outputs[whitened : 2 * whitened], -outputs[:whitened])

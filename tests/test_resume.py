@@ -22,14 +22,14 @@ def draw_options(number):
     options = ["--gate", pick(list(GATES))]
     options += ["--arch", *map(str, chance.choices([4, 8, 17], k=chance.randint(1, 4)))]
     options += ["--k", pick("123"), "--fc", pick("123"), "--pool", pick(["avg", "adaptive", "max"])]
-    options += ["--init", pick(["he", "default"]), "--mix", pick(MIXES)]
+    options += ["--init", pick(["he", "default", "whiten"]), "--mix", pick(MIXES)]
     options += ["--batch-size", batch_size := pick(["7", "32", "100"])]
     options += ["--holdout", pick(["0", "500"])]
     options += ["--schedule", pick(["cosine", "onecycle", "none"])]
     options += ["--precision", pick(["float32", "bfloat16"]), "--dropout", pick(["0", "0.5"])]
     sgd = "--optimizer sgd --lr 0.05 --momentum 0.9 --nesterov"
     options.append(pick(["", "--optimizer adam", sgd]))
-    flags = "--norm batch,--downsample 1,--residual,--label-smoothing 0.1,--no-bias-decay"
+    flags = "--norm batch,--downsample 1,--residual,--label-smoothing 0.1,--bias-lr 4"
     flags += ",--no-block-relu,--augment crop,--augment flip"
     options += [flag for flag in flags.split(",") if chance.random() < 0.4]
     return " ".join(options), chance.randint(1, 2 * math.ceil(100 / int(batch_size)))

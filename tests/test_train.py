@@ -92,7 +92,7 @@ def test_onecycle_warms_up_in_a_fifth_of_the_run_and_comes_down_batch_by_batch(r
 )
 def test_optimisers_are_pytorchs_with_its_defaults(options, kind, expected):
     args = tiny(options)
-    optimizer = make_optimizer(make_model(args, 10, CPU, "float32"), args)
+    optimizer = make_optimizer(make_model(args, data.load("shapes"), CPU, "float32"), args)
     assert type(optimizer) is kind
     assert expected.items() <= optimizer.defaults.items()
 
@@ -100,6 +100,7 @@ def test_optimisers_are_pytorchs_with_its_defaults(options, kind, expected):
 @pytest.mark.parametrize(
     "option, first",
     [
+        ("--init whiten", 0),
         ("--norm batch", 0),
         ("--downsample 2", 0),
         ("--residual", 0),
@@ -109,7 +110,7 @@ def test_optimisers_are_pytorchs_with_its_defaults(options, kind, expected):
         ("--label-smoothing 0.1", 0),
         ("--schedule onecycle", 1),
         ("--nesterov", 1),
-        ("--no-bias-decay", 1),
+        ("--bias-lr 2", 1),
     ],
 )
 def test_an_option_changes_the_losses_from_the_batch_on_that_it_acts_on(run, option, first):
@@ -120,16 +121,16 @@ def test_an_option_changes_the_losses_from_the_batch_on_that_it_acts_on(run, opt
     assert differ == list(range(first, 8))
 
 
-@pytest.mark.parametrize("options, decay", [("", 0.01), ("--weight-decay 0.1", 0.1)])
-def test_weight_decay_can_be_for_weights_only(options, decay):
-    args = tiny(f"--no-bias-decay --norm batch {options}")
-    model = make_model(args, 10, CPU, "float32")
-    decayed, others = make_optimizer(model, args).param_groups
+def test_biases_can_learn_faster_than_weights_and_do_not_decay():
+    args = tiny("--bias-lr 16 --norm batch --weight-decay 0.1")
+    model = make_model(args, data.load("shapes"), CPU, "float32")
+    weights, biases = make_optimizer(model, args).param_groups
+    assert (weights["weight_decay"], weights["factor"]) == (0.1, 1)
+    assert (biases["weight_decay"], biases["factor"]) == (0, 16)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    assert (decayed["weight_decay"], others["weight_decay"]) == (decay, 0)
-    assert all(".norm." not in names[id(p)] and p.dim() > 1 for p in decayed["params"])
-    assert {names[id(p)].split(".")[-1] for p in others["params"]} == {"bias", "weight"}
-    assert len(decayed["params"]) + len(others["params"]) == len(names)
+    assert all(".norm." not in names[id(p)] and p.dim() > 1 for p in weights["params"])
+    assert all("bias" in names[id(p)] for p in biases["params"] if p.requires_grad)
+    assert len(weights["params"]) + len(biases["params"]) == len(names)
 
 
 def test_label_smoothing_changes_the_training_loss_alone(run, tmp_path):
@@ -137,7 +138,7 @@ def test_label_smoothing_changes_the_training_loss_alone(run, tmp_path):
     smooth = run("--fc 1 --label-smoothing 0.4 --overwrite")
     train_set, _ = data.load_split("shapes", limit=100)
     images, labels = next(train_set.batches(32, seed=0))
-    chances = make_model(tiny("--fc 1"), 10, CPU, "float32")(images).log_softmax(1)
+    chances = make_model(tiny("--fc 1"), train_set, CPU, "float32")(images).log_softmax(1)
     true = -chances.gather(1, labels[:, None]).mean().item()
     expected = 0.6 * true - 0.4 * chances.mean().item()
     assert plain["batch_losses"][0] == pytest.approx(true, rel=1e-5)
@@ -234,7 +235,7 @@ def test_options_that_are_paths_know_the_home_folder(monkeypatch):
 def test_any_of_pytorchs_optimisers_can_be_added(kind, monkeypatch):
     monkeypatch.setitem(train.OPTIMIZERS, "another", getattr(torch.optim, kind))
     args = tiny("--optimizer another --weight-decay 0.1")
-    optimizer = make_optimizer(make_model(args, 10, CPU, "float32"), args)
+    optimizer = make_optimizer(make_model(args, data.load("shapes"), CPU, "float32"), args)
     assert type(optimizer).__name__ == kind
     assert optimizer.defaults["weight_decay"] == 0.1
 
