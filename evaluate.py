@@ -91,8 +91,9 @@ def measure(model, batches, amp, classes, tta=False):
         hook.remove()
     metrics = measure_predictions(logits, labels, classes)
     metrics["gates"] = [
-        {"block": name} | measure_gate(torch.cat(parts).cpu(), labels, classes)
-        for name, parts in kept.items()
+        {"block": name, "similarity": measure_similarity(block)}
+        | measure_gate(torch.cat(kept[name]).cpu(), labels, classes)
+        for name, block in model.backbone.named_children()
     ]
     if tta:
         logits = add_mirrored(logits, model, batches, amp)
@@ -153,6 +154,15 @@ def measure_gate(coefficients, labels, classes):
     means = members @ coefficients / members.sum(1, keepdim=True).clamp(min=1)
     quantiles = coefficients.quantile(torch.tensor(QUANTILES), dim=0).T
     return {"mean_per_class": means.tolist(), "quantiles": quantiles.tolist()}
+
+
+def measure_similarity(block):
+    """Return the mean cosine between a block's k sets of kernels, each as one long vector: at 1 its
+    sum is one convolution, whatever the coefficients. None of k = 1."""
+    k = block.gate_linear.out_features
+    kernels = F.normalize(block.convs.weight.cpu().view(k, -1), dim=1)
+    cosines = (kernels @ kernels.T)[~torch.eye(k, dtype=torch.bool)]
+    return cosines.mean().item() if k > 1 else None
 
 
 def add_mirrored(logits, model, batches, amp):

@@ -137,7 +137,8 @@ def draw_coefficients(means, spread, gate, names):
     texts = [f"{v:.2f}" if abs(v) < 10 else f"{v:.3g}" for v in shown.flat]
     draw_heat_map(means, shown, texts, low, high, names)
     means.set_yticks(range(len(shown)), [f"a{number}" for number in range(1, len(shown) + 1)])
-    means.set_ylabel(gate["block"])
+    similarity = gate.get("similarity")  # not of old histories, nor of k = 1
+    means.set_ylabel(gate["block"] + (f"\ncos {similarity:.2f}" if similarity is not None else ""))
     least, first, middle, third, most = np.array(gate["quantiles"]).T
     places = np.arange(len(least))
     spread.hlines(places, least, most, color="black", linewidth=1)

@@ -17,7 +17,7 @@ import data
 import evaluate
 import train
 from history import read_history, write_history
-from model import build_model
+from model import Block, build_model
 from run import load_checkpoint, load_model
 
 RED, BLUE = (Image.new("RGB", (40, 30), colour) for colour in ("red", "blue"))
@@ -121,6 +121,15 @@ def test_the_measured_coefficients_are_the_blocks_own():
     for block, gate, given in zip(model.backbone, gates, [x, model.backbone[0](x)]):
         expected = block.coefficients(given)
         torch.testing.assert_close(torch.tensor(gate["mean_per_class"][:3]), expected)
+
+
+@pytest.mark.parametrize("k, second, expected", [(1, 0, None), (2, 3, 1), (2, -1, -1), (3, 1, 1)])
+def test_the_similarity_of_kernels_is_their_mean_cosine(k, second, expected):
+    block = Block(4, 8, k)
+    with torch.no_grad():
+        for kernels in block.convs.weight.chunk(k)[1:]:
+            kernels.copy_(second * block.convs.weight[:8])
+    assert evaluate.measure_similarity(block) == (expected and pytest.approx(expected))
 
 
 def test_test_time_augmentation_stands_beside_the_plain_metrics(checkpoint, evaluated, capsys):

@@ -161,6 +161,12 @@ def test_the_gates_of_every_block_are_drawn(test, k, blocks):
     assert texts(axes[0]) == [f"{1 / k:.2f}"] * 10 * k
 
 
+def test_the_similarity_of_a_blocks_kernels_stands_beside_its_name(test):
+    test["gates"][0]["similarity"], test["gates"][1]["similarity"] = 0.9, None  # of k = 1
+    labels = [axes.get_ylabel() for axes in gallery.draw_gates(test, "row4").axes[::2]]
+    assert labels == ["block1\ncos 0.90", "block2"]
+
+
 def test_one_row_leaves_the_table_of_many(history, tmp_path):
     (tmp_path / "results.md").write_text("many")
     assert draw(*save(tmp_path, history)) == 0
