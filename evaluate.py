@@ -247,11 +247,7 @@ def parse_args(argv=None):
     once = "only what is finished, was not tested and held no images out"
     add("--once", action="store_true", help=once)
     add("--data-dir", type=to_path, help="where CIFAR-10 is (default: where it was for training)")
-    add(
-        "--device",
-        default="auto",
-        help="cpu, cuda, cuda:1, mps ... (default: cuda if there is one)",
-    )
+    add("--device", default="auto", help="cpu, cuda, cuda:1, mps ... (default: auto)")
     precision = "of convolutions and linear layers (default: that of training)"
     add("--precision", choices=PRECISIONS, default="auto", help=precision)
     args = parser.parse_args(argv)

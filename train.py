@@ -128,7 +128,7 @@ def make_optimizer(model, args):
         options["fused"] = parameters[0].device.type in ("cpu", "cuda")
     groups = [{"params": parameters, "factor": 1}]
     if args.bias_lr is not None:
-        biases = [tensor for tensor in parameters if tensor.dim() == 1]
+        biases = [tensor for tensor in parameters if tensor.dim() <= 1]
         groups[0]["params"] = [tensor for tensor in parameters if tensor.dim() > 1]
         groups.append({"params": biases, "factor": args.bias_lr, "weight_decay": 0})
     return kind(groups, lr=args.lr, **options)
