@@ -43,10 +43,6 @@ LOOK_EVERY = 16  # batches, where reading a loss makes the CPU wait for the devi
 HEADER = "  epoch        lr  train loss  acc. %    val loss  acc. %  seconds  images/s"
 
 
-class Stop(Exception):
-    """A run ends before its last epoch: `args` are the reason and the exit code for it."""
-
-
 class Run:
     """One run: how far it has come, its history and its two files. Of several processes the first
     alone writes. `batch_sizes` are the images of each batch of an epoch."""
@@ -90,7 +86,7 @@ class Run:
     def log_batch(self, epoch, step, lr, loss, correct, **metrics):
         """Record a batch's metrics, numbers or tensors of one; save or stop if it is time to.
         `loss` and `correct` are tensors, of this process's images and added up; others are the same
-        in each process. Raises Stop if the loss is NaN or infinite, or a signal came."""
+        in each process. Ends the process if the loss is NaN or infinite, or a signal came."""
         loss, correct = all_reduce(torch.stack([loss.detach(), correct])).unbind()
         for name, value in {"loss": loss, "correct": correct, **metrics}.items():
             self.metrics.setdefault(name, []).append(torch.as_tensor(value).detach())
@@ -112,7 +108,7 @@ class Run:
 
     def log_epoch(self, epoch, **validation):
         """Add an epoch's metrics to the history, write it and print them. `validation` are numbers:
-        val_loss, val_accuracy and any others. Raises Stop if one is NaN or infinite."""
+        val_loss, val_accuracy and any others. Ends the process if one is NaN or infinite."""
         images, now = sum(self.batch_sizes), time.monotonic()
         metrics = {name: torch.stack(values).tolist() for name, values in self.metrics.items()}
         losses = map(round_loss, metrics["loss"])
@@ -196,10 +192,10 @@ class Run:
         # The state of the report's final model is 1.9 GB: where disks are slow, save it seldom.
         self.save_seconds = max(SAVE_SECONDS, 40 * (self.saved_at - began))
         if number:
-            raise Stop(f"{signal.Signals(number).name}: {go_on}", 128 + number)
+            stop(f"{signal.Signals(number).name}: {go_on}", 128 + number)
 
     def _stop(self, what):
-        raise Stop(f"{what}, learning rate {self.lr:g}: try a lower --lr", 1)
+        stop(f"{what}, learning rate {self.lr:g}: try a lower --lr", 1)
 
     def _show_progress(self, epoch, done):
         """Rewrite a line on the terminal: how far the run is and how long it still takes. The next
@@ -211,6 +207,13 @@ class Run:
             place = f"{epoch + 1:>3}/{self.args.epochs}  batch {done}/{len(self.batch_sizes)}"
             line = f"{place}  {rate:,.0f} images/s  {left} left"
             print(f"{line:<76}", end="\r", file=sys.stderr, flush=True)
+
+
+def stop(reason, code):
+    """End this process with an exit code; the first of several says why."""
+    if RANK == 0:
+        print(f"train.py: {reason}", file=sys.stderr)
+    sys.exit(code)
 
 
 def find_run(args):

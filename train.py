@@ -40,7 +40,7 @@ from device import (
 )
 from history import to_path
 from model import DEFAULTS, GATES, build_model, count_macs, initialise_whitening, predict
-from run import Run, Stop, claim, find_run, is_finished
+from run import Run, claim, find_run, is_finished, stop
 
 OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}
 MOST_HALVINGS = 5  # 32x32 to a single pixel
@@ -48,7 +48,7 @@ MOST_HALVINGS = 5  # 32x32 to a single pixel
 
 def train(args, saved):
     """Train the run of these options to its last epoch, from where it was saved, if it was.
-    Raises Stop if it ends early; OSError and ValueError say why it cannot begin."""
+    Ends the process if it is stopped; OSError and ValueError say why it cannot begin."""
     device = choose_device(args.device)
     # On whatever CPU, a run goes on in the precision that it began in.
     precision = saved["precision"] if saved else choose_precision(device, args.precision)
@@ -268,13 +268,8 @@ def main(argv=None):
         with claim(args.out, args.name) if RANK == 0 else contextlib.nullcontext():
             saved = find_run(args)
             if saved and is_finished(saved, args):
-                raise Stop(f"{args.out / args.name}.json is finished: nothing to do", 0)
+                stop(f"{args.out / args.name}.json is finished: nothing to do", 0)
             train(args, saved)
-    except Stop as stop:
-        reason, code = stop.args
-        if RANK == 0:
-            print(f"train.py: {reason}", file=sys.stderr)
-        sys.exit(code)
     except (OSError, ValueError) as error:
         sys.exit(f"train.py: error: {error}")
     except RuntimeError as error:
