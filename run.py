@@ -230,23 +230,17 @@ def find_run(args):
     if not checkpoint.exists():
         raise ValueError(f"{checkpoint} is gone: --overwrite trains the run from its beginning")
     saved = load_checkpoint(checkpoint)
-    refuse_other_options(saved["config"], vars(args), checkpoint)
-    return saved
-
-
-def refuse_other_options(before, now, path):
-    """ValueError if two configs have other hyperparameters; it names them.
-    A run without a schedule may have more epochs: it is the same as far as it has come."""
-    before, now = hyperparameters(before), hyperparameters(now)
+    before, now = saved["config"], hyperparameters(vars(args))
     differ = [key for key in now if before.get(key) != now[key]]
-    if differ == ["epochs"] and now["schedule"] == "none" and now["epochs"] > before["epochs"]:
-        return
-    if differ:
+    # Without a schedule, a longer run is the same as far as it has come.
+    longer = args.schedule == "none" and args.epochs > before["epochs"]
+    if differ and not (longer and differ == ["epochs"]):
         differences = ", ".join(f"{key} {before.get(key)} (now {now[key]})" for key in differ)
         raise ValueError(
-            f"{path} was made with other options, {differences}: give those, another --name or "
-            "--out, or --overwrite"
+            f"{checkpoint} was made with other options, {differences}: give those, another --name "
+            "or --out, or --overwrite"
         )
+    return saved
 
 
 def is_finished(saved, args):
