@@ -25,7 +25,7 @@ from data import Dataset, load
 from device import PRECISIONS, autocast, choose_device
 from history import hyperparameters, read_history, to_path, write_history
 from model import IMAGE_SIZE, predict
-from run import load_checkpoint, rebuild, write_checkpoint
+from run import load_checkpoint, load_model, write_checkpoint
 
 BINS = 15  # of confidence
 QUANTILES = (0, 0.25, 0.5, 0.75, 1)
@@ -41,8 +41,8 @@ def evaluate(path, args):
         history = read_history(history_path)
         if "test" in history or history["config"].get("holdout") or not history["finished"]:
             return
-    config, model, device, amp = open_checkpoint(path, args)
-    of_training = Path(config["data_dir"])
+    model, device, amp = open_checkpoint(path, args)
+    config, of_training = model.config, Path(model.config["data_dir"])
     data_dir = args.data_dir or (of_training if of_training.is_dir() else "data")
     images = load(config["dataset"], data_dir, train=False)
     batches = list(images.to(device).batches())
@@ -68,12 +68,10 @@ def evaluate(path, args):
 
 
 def open_checkpoint(path, args):
-    """Return (config, model, device, autocast context), the model on the device."""
-    checkpoint = load_checkpoint(path)
-    config, model = checkpoint["config"], rebuild(checkpoint, path)
-    device = choose_device(args.device)
-    precision = checkpoint["precision"] if args.precision == "auto" else args.precision
-    return config, model.to(device), device, autocast(device, precision)
+    """Return (model, device, autocast context), the model on the device."""
+    model, device = load_model(path), choose_device(args.device)
+    precision = model.precision if args.precision == "auto" else args.precision
+    return model.to(device), device, autocast(device, precision)
 
 
 def measure(model, batches, amp, classes, tta=False):
@@ -173,8 +171,8 @@ def add_mirrored(logits, model, batches, amp):
 
 def classify(path, args):
     """Print the likeliest classes of the photos args.image, draw them; return whether all were."""
-    config, model, device, amp = open_checkpoint(path, args)
-    dataset, note = config["dataset"], " (flip test-time augmentation)" if args.tta else ""
+    model, device, amp = open_checkpoint(path, args)
+    dataset, note = model.config["dataset"], " (flip test-time augmentation)" if args.tta else ""
     classes, predictions = model.classes, []
     for file in args.image:
         try:

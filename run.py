@@ -308,21 +308,17 @@ def load_checkpoint(path):
 
 
 def load_model(path):
-    """Return the trained network in a checkpoint, in evaluation mode on the CPU; `model.classes`
-    are the names of what it tells apart."""
-    return rebuild(load_checkpoint(path), path)
-
-
-def rebuild(checkpoint, path):
-    """Return the model of a loaded checkpoint, in evaluation mode, with the names of its `classes`;
-    ValueError if the two do not fit."""
+    """Return the trained network in a checkpoint, in evaluation mode on the CPU. Its attributes
+    `classes`, `config` and `precision` are the names of what it tells apart, the options of its run
+    and the precision of that. OSError or ValueError say what is wrong with the file."""
+    checkpoint = load_checkpoint(path)
     try:
-        config, weights = checkpoint["config"], checkpoint["weights"]
+        config, precision = checkpoint["config"], checkpoint["precision"]
         classes = CLASSES[config["dataset"]]
         with torch.device("meta"):  # without memory, whatever the config says
             model = build_model(config, len(classes))
-        model.classes = classes
-        model.load_state_dict(weights, assign=True)
+        model.classes, model.config, model.precision = classes, config, precision
+        model.load_state_dict(checkpoint["weights"], assign=True)
         model.float().requires_grad_(False).eval()(torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE))
     except Exception as error:  # a config can hold anything
         raise ValueError(
