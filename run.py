@@ -54,8 +54,9 @@ class Run:
         self.config = vars(args) | {"out": str(args.out), "data_dir": str(args.data_dir.absolute())}
         size = args.batch_size
         self.batch_sizes = [min(size, images - first) for first in range(0, images, size)]
-        self.signal, self.save_seconds = 0, SAVE_SECONDS
-        self.began = self.trained_at = self.saved_at = time.monotonic()
+        self.signal = 0  # that came
+        self.began = self.trained_at = time.monotonic()
+        self.save_at = self.began + SAVE_SECONDS
         self.history = {"name": args.name, "command": format_command(sys.argv)}
         self.history |= {"config": self.config, "reported": args.reported} | info
         self.history |= {"epochs": [], "batch_losses": [], "finished": False}
@@ -176,23 +177,24 @@ class Run:
 
     def _save_or_stop(self, device):
         """Save the run if it is time to; if a signal came, to whichever process, stop it."""
-        number = self.signal
+        number, began, unsaved = self.signal, time.monotonic(), ""
         if WORLD_SIZE > 1:  # one process alone need not wait for its device
             number = all_reduce(torch.tensor(number, device=device), ReduceOp.MAX).item()
-        if not number and time.monotonic() - self.saved_at < self.save_seconds:
+        if not number and began < self.save_at:
             return
-        began, go_on = time.monotonic(), format_resume()
         if RANK == 0:
             try:
                 self._write_checkpoint()
             except OSError as error:
                 print(f"train.py: warning: the state is not saved: {error}", file=sys.stderr)
-                go_on = f"nothing could be saved now; {go_on}"
-        self.saved_at = time.monotonic()
+                unsaved = "nothing could be saved now; "
+        ended = time.monotonic()
         # The state of the report's final model is 1.9 GB: where disks are slow, save it seldom.
-        self.save_seconds = max(SAVE_SECONDS, 40 * (self.saved_at - began))
+        self.save_at = ended + max(SAVE_SECONDS, 40 * (ended - began))
         if number:
-            stop(f"{signal.Signals(number).name}: {go_on}", 128 + number)
+            words = [word for word in sys.argv if word not in ("--resume", "--overwrite")]
+            go_on = format_command([*words, "--resume"])
+            stop(f"{signal.Signals(number).name}: {unsaved}go on with {go_on}", 128 + number)
 
     def _stop(self, what):
         stop(f"{what}, learning rate {self.lr:g}: try a lower --lr", 1)
@@ -332,12 +334,6 @@ def format_command(words):
     processes = os.environ.get("LOCAL_WORLD_SIZE", "1")
     torchrun = ["torchrun", "--standalone", f"--nproc-per-node={processes}"]
     return shlex.join([*(torchrun if WORLD_SIZE > 1 else ["python"]), *words])
-
-
-def format_resume():
-    """Return what to do when this process has stopped."""
-    words = [word for word in sys.argv if word not in ("--resume", "--overwrite")]
-    return f"go on with {format_command([*words, '--resume'])}"
 
 
 def format_epoch(epoch, epochs):
