@@ -47,11 +47,6 @@ def write_history(path, history):
     write_atomically(path, lambda file: file.write(f"{{\n{lines}\n}}\n".encode()))
 
 
-def round_loss(loss):
-    """Return a batch's loss with the six digits that a history keeps of it."""
-    return float(f"{loss:.6g}")
-
-
 def write_atomically(path, write):
     """Let write(file) fill a file beside `path`, then rename it: readers see the old or the new.
     OSError, which names `path`, leaves what was there in place."""

@@ -29,7 +29,7 @@ from torch.distributed import ReduceOp
 
 from data import CLASSES
 from device import RANK, WORLD_SIZE, all_reduce, barrier, leave, print0
-from history import hyperparameters, read_history, round_loss, write_atomically, write_history
+from history import hyperparameters, read_history, write_atomically, write_history
 from model import IMAGE_SIZE, build_model
 
 try:
@@ -112,21 +112,19 @@ class Run:
         val_loss, val_accuracy and any others. Ends the process if one is NaN or infinite."""
         images, now = sum(self.batch_sizes), time.monotonic()
         metrics = {name: torch.stack(values).tolist() for name, values in self.metrics.items()}
-        losses = map(round_loss, metrics["loss"])
-        accuracy = 100 * sum(metrics.pop("correct")) / images
-        means = {}
+        correct, line = metrics.pop("correct"), {"epoch": epoch + 1, "lr": self.lr}
         for name, values in metrics.items():
             pairs = zip(values, self.batch_sizes, strict=True)
-            means[f"train_{name}"] = sum(value * size for value, size in pairs) / images
-        line = {"epoch": epoch + 1, "lr": self.lr} | means | {"train_accuracy": accuracy}
+            line[f"train_{name}"] = sum(value * size for value, size in pairs) / images
+        line["train_accuracy"] = 100 * sum(correct) / images
         line |= {name: float(value) for name, value in validation.items()}
-        line |= {"seconds": now - self.began}
-        line |= {"images_per_second": images / (self.trained_at - self.began)}
+        line["seconds"] = now - self.began
+        line["images_per_second"] = images / (self.trained_at - self.began)
         for name, value in line.items():
             if not math.isfinite(value):
                 self._stop(f"{name} is {value} after epoch {epoch + 1}")
         self.history["epochs"].append(line)
-        self.history["batch_losses"] += losses
+        self.history["batch_losses"] += [float(f"{loss:.6g}") for loss in metrics["loss"]]
         self.metrics, self.began = {}, now
         self._write_history()
         print0(format_epoch(line, self.args.epochs))

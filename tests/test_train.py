@@ -44,6 +44,7 @@ def test_a_run_leaves_its_history_and_its_checkpoint(run, tmp_path):
     assert history["reported"] == [61]
     assert history["finished"] is True
     assert len(history["batch_losses"]) == 2 * 4
+    assert all(loss == float(f"{loss:.6g}") for loss in history["batch_losses"])
     assert [epoch["epoch"] for epoch in history["epochs"]] == [1, 2]
     assert history["environment"]["precision"] == "float32"
     assert history["environment"]["threads"] == torch.get_num_threads()
