@@ -51,6 +51,8 @@ class Run:
         """Restore what was saved; write the first files. `saved` is what find_run gave, `images`
         how many an epoch has, `info` what the history is to say of the run."""
         self.args, self.model, self.optimizer = args, model, optimizer
+        self.checkpoint_path = args.out / f"{args.name}.pt"
+        self.history_path = args.out / f"{args.name}.json"
         self.config = vars(args) | {"out": str(args.out), "data_dir": str(args.data_dir.absolute())}
         size = args.batch_size
         self.batch_sizes = [min(size, images - first) for first in range(0, images, size)]
@@ -68,16 +70,12 @@ class Run:
         barrier()  # until all processes have read the existing files
         if not saved and RANK == 0:
             # First, so that a kill never leaves files of two runs.
-            self.path(".json").unlink(missing_ok=True)
+            self.history_path.unlink(missing_ok=True)
             self._write_checkpoint()
         self._write_history()
         print0("\n" + HEADER)
         for epoch in self.history["epochs"]:
             print0(format_epoch(epoch, args.epochs))
-
-    def path(self, suffix):
-        """Return the run's file with that suffix."""
-        return self.args.out / (self.args.name + suffix)
 
     @property
     def position(self):
@@ -151,11 +149,12 @@ class Run:
             self.lr, self.began = saved["state"]["lr"], self.began - saved["state"]["seconds"]
             saved.clear()  # its memory is needed
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise ValueError(f"{self.path('.pt')} is of another run ({explain(error)})") from error
+            what = f"{self.checkpoint_path} is of another run ({explain(error)})"
+            raise ValueError(what) from error
 
     def _write_history(self):
         if RANK == 0:
-            write_history(self.path(".json"), self.history)
+            write_history(self.history_path, self.history)
 
     def _write_checkpoint(self, resumable=True):
         checkpoint = {
@@ -168,16 +167,17 @@ class Run:
             metrics = {name: torch.stack(values).cpu() for name, values in self.metrics.items()}
             checkpoint["state"] = {"optimizer": self.optimizer.state_dict(), "metrics": metrics}
             checkpoint["state"] |= {"lr": self.lr, "seconds": time.monotonic() - self.began}
-        write_checkpoint(self.path(".pt"), checkpoint)
+        write_checkpoint(self.checkpoint_path, checkpoint)
 
     def _on_signal(self, number, frame):
         self.signal = number
 
     def _save_or_stop(self, device):
         """Save the run if it is time to; if a signal came, to whichever process, stop it."""
-        number, began, unsaved = self.signal, time.monotonic(), ""
+        number, unsaved = self.signal, ""
         if WORLD_SIZE > 1:  # one process alone need not wait for its device
             number = all_reduce(torch.tensor(number, device=device), ReduceOp.MAX).item()
+        began = time.monotonic()
         if not number and began < self.save_at:
             return
         if RANK == 0:
@@ -301,9 +301,8 @@ def load_checkpoint(path):
         if checkpoint["format"] != FORMAT:
             raise ValueError(f"its format is {checkpoint['format']!r}, now it is {FORMAT!r}")
     except Exception as error:  # a damaged file can make the readers raise nearly anything
-        raise ValueError(
-            f"{path} is not a whole checkpoint of train.py ({explain(error)})"
-        ) from error
+        what = f"{path} is not a whole checkpoint of train.py ({explain(error)})"
+        raise ValueError(what) from error
     return checkpoint
 
 
@@ -321,9 +320,8 @@ def load_model(path):
         model.load_state_dict(checkpoint["weights"], assign=True)
         model.float().requires_grad_(False).eval()(torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE))
     except Exception as error:  # a config can hold anything
-        raise ValueError(
-            f"{path}: its weights do not fit its options ({explain(error)})"
-        ) from error
+        what = f"{path}: its weights do not fit its options ({explain(error)})"
+        raise ValueError(what) from error
     return model
 
 
