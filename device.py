@@ -80,11 +80,10 @@ def describe_environment(device, precision):
 
 def find_commit():
     """Return the commit of these scripts as git describes it, or None."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    options = {"capture_output": True, "check": True, "text": True, "errors": "replace"}
+    git = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"]
     try:
-        return subprocess.run(git, **options).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):  # no git, no repository
+        return subprocess.check_output(git, stderr=subprocess.DEVNULL).decode().strip()
+    except (OSError, ValueError, subprocess.CalledProcessError):  # no git, no repository
         return None
 
 
