@@ -53,14 +53,14 @@ class Run:
         self.args, self.model, self.optimizer = args, model, optimizer
         self.checkpoint_path = args.out / f"{args.name}.pt"
         self.history_path = args.out / f"{args.name}.json"
-        self.config = vars(args) | {"out": str(args.out), "data_dir": str(args.data_dir.absolute())}
+        config = vars(args) | {"out": str(args.out), "data_dir": str(args.data_dir.absolute())}
         size = args.batch_size
         self.batch_sizes = [min(size, images - first) for first in range(0, images, size)]
         self.signal = 0  # that came
         self.began = self.trained_at = time.monotonic()
         self.save_at = self.began + SAVE_SECONDS
         self.history = {"name": args.name, "command": format_command(sys.argv)}
-        self.history |= {"config": self.config, "reported": args.reported} | info
+        self.history |= {"config": config, "reported": args.reported} | info
         self.history |= {"epochs": [], "batch_losses": [], "finished": False}
         self.metrics, self.lr = {}, None  # of the batches of this epoch
         if saved:
@@ -158,7 +158,7 @@ class Run:
 
     def _write_checkpoint(self, resumable=True):
         checkpoint = {
-            "config": self.config,
+            "config": self.history["config"],
             "precision": self.history["environment"]["precision"],
             "history": json.dumps(self.history),
             "weights": self.model.state_dict(),
