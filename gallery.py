@@ -17,8 +17,13 @@ from matplotlib.figure import Figure
 from history import write_atomically
 
 matplotlib.rcdefaults()  # whatever the user's matplotlibrc says
-matplotlib.rcParams["text.parse_math"] = False  # a name may hold dollar signs
-matplotlib.rcParams["svg.fonttype"] = "none"  # text stays text
+matplotlib.rc("text", parse_math=False)  # a name may hold dollar signs
+matplotlib.rc("svg", fonttype="none")  # text stays text
+matplotlib.rc("figure", titlesize=11, dpi=200)
+matplotlib.rc("axes", grid=True, axisbelow=True)
+matplotlib.rc("axes.spines", top=False, right=False)
+matplotlib.rc("grid", alpha=0.25)
+matplotlib.rc("legend", frameon=False, fontsize=8)
 
 # Okabe and Ito's colours, which the colour-blind can tell apart; in grey the dashes do.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
@@ -28,18 +33,10 @@ WIDTH = 7.2  # inches, a printed page between its margins
 COLUMNS = 6  # of the misclassified images
 
 
-def style(axes, x_label, y_label):
-    """What all axes of curves and bars share."""
-    axes.set(xlabel=x_label, ylabel=y_label)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.25)
-    axes.set_axisbelow(True)
-
-
 def start_figure(title, height):
     """An empty Figure under its title, of a page's width and that height (inches)."""
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
-    figure.suptitle(textwrap.fill(title, 80), fontsize=11)
+    figure.suptitle(textwrap.fill(title, 80))
     return figure
 
 
@@ -47,7 +44,7 @@ def save(figure, path):
     """Write a Figure to a file, the suffix gives the format, and name it on stderr.
     The folder is made if it is missing. OSError if the disk refuses."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, lambda file: figure.savefig(file, format=path.suffix[1:], dpi=200))
+    write_atomically(path, lambda file: figure.savefig(file, format=path.suffix[1:]))
     print(path, file=sys.stderr)
 
 
@@ -78,6 +75,8 @@ def draw_confusion(axes, confusion, names):
 def draw_heat_map(axes, values, texts, low, high, columns):
     """An array in shades from low to high, with the text of each cell, names below its columns."""
     axes.imshow(values, cmap=SHADES, vmin=low, vmax=high, aspect="auto")
+    axes.grid(False)
+    axes.spines[:].set_visible(True)
     for ((row, column), value), text in zip(np.ndenumerate(values), texts):
         dark = value - low > 0.57 * (high - low)
         colour = "white" if dark else "grey" if text == "0" else "black"
@@ -92,9 +91,8 @@ def draw_bars(axes, classes, percentages, best, label):
     bars = axes.barh(classes, percentages, color=colours)
     axes.bar_label(bars, numbers, padding=2, fontsize=8)
     axes.invert_yaxis()
-    axes.set(xlim=(0, 112), xticks=range(0, 101, 20))  # room for the number of 100
-    style(axes, label, "")
-    axes.grid(visible=False, axis="y")
+    axes.set(xlim=(0, 112), xticks=range(0, 101, 20), xlabel=label)  # room for the number of 100
+    axes.grid(False, axis="y")
 
 
 def draw_calibration(axes, calibration):
@@ -108,10 +106,9 @@ def draw_calibration(axes, calibration):
     counts = np.array([part["count"] for part in bins])
     shares = 100 * counts / counts.sum()
     axes.stairs(shares, edges, color=ORANGE, linewidth=1.5, label="share of all images")
-    axes.set(xlim=(0, 100), ylim=(0, 100))
+    axes.set(xlim=(0, 100), ylim=(0, 100), xlabel="confidence (%)", ylabel="images (%)")
     axes.set_title(f"expected calibration error {calibration['ece']:.2f} %", fontsize=9)
     axes.legend(frameon=True, framealpha=0.8, edgecolor="none", fontsize=7, loc="upper left")
-    style(axes, "confidence (%)", "images (%)")
 
 
 def draw_gates(test, title):
@@ -146,7 +143,6 @@ def draw_coefficients(means, spread, gate, names):
     spread.vlines(middle, places - 0.3, places + 0.3, color=ORANGE, linewidth=2)
     spread.locator_params(axis="x", nbins=4)
     spread.tick_params(axis="y", labelleft=False)
-    style(spread, "", "")
 
 
 def draw_wrong(images, wrong, title):

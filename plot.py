@@ -19,7 +19,7 @@ from itertools import cycle, zip_longest
 
 import numpy as np
 
-from gallery import BLUE, COLOURS, ORANGE, draw_gates, draw_test, save, start_figure, style
+from gallery import BLUE, COLOURS, ORANGE, draw_gates, draw_test, save, start_figure
 from history import hyperparameters, read_history, to_path, write_atomically
 
 DASHES = ("-", "--", "-.", ":")
@@ -173,9 +173,10 @@ def draw_epochs(axes, row, name):
     for (means, colour), va in zip(ends, ("top", "bottom")):
         text, where = f"{means[-1]:.2f}", {"xytext": (6, 0), "textcoords": "offset points"}
         axes.annotate(text, (len(means), means[-1]), **where, color=colour, va=va, fontsize=8)
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend()
     axes.margins(y=0.12)  # for the numbers
-    style(axes, "epoch", "accuracy (%)" if name == "accuracy" else name.replace("_", " "))
+    label = "accuracy (%)" if name == "accuracy" else name.replace("_", " ")
+    axes.set(xlabel="epoch", ylabel=label)
 
 
 def draw_metric(axes, row, metric, line, colour, label):
@@ -205,9 +206,9 @@ def draw_batches(axes, batch_losses):
     if highest > 3 * usual > 0:  # the first batches: they would flatten all others
         axes.set_ylim(0, 1.2 * usual)
         axes.set_title(f"above: up to {highest:.3g}", loc="left", fontsize=8)
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend()
     axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
-    style(axes, "batch", "training loss")
+    axes.set(xlabel="batch", ylabel="training loss")
 
 
 def draw_comparison(rows, title):
@@ -222,8 +223,8 @@ def draw_comparison(rows, title):
     for name, row, dash, colour in zip(names, rows, cycle(DASHES), cycle(COLOURS)):
         marker = "o" if max(len(run["epochs"]) for run in row) == 1 else ""
         draw_metric(curves, row, "val_accuracy", marker + dash, colour, name)
-    curves.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
-    style(curves, "epoch", "validation accuracy (%)")
+    curves.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+    curves.set(xlabel="epoch", ylabel="validation accuracy (%)")
     return figure
 
 
@@ -242,8 +243,8 @@ def draw_dots(axes, rows, names):
     axes.set_ylim(len(rows) - 0.5, -0.5)  # the first row on top
     labelled = dict(zip(*reversed(axes.get_legend_handles_labels())))  # each label once
     above = {"loc": "lower center", "bbox_to_anchor": (0.5, 1), "ncols": 3}
-    axes.legend(labelled.values(), labelled.keys(), frameon=False, fontsize=8, **above)
-    style(axes, "accuracy (%)", "")
+    axes.legend(labelled.values(), labelled.keys(), **above)
+    axes.set_xlabel("accuracy (%)")
 
 
 def spread(series):
