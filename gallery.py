@@ -130,7 +130,6 @@ def draw_coefficients(means, spread, gate, names):
     """One block's gate: a heat map of its mean coefficients, a box for each over all images."""
     shown = np.array(gate["mean_per_class"]).T  # (k, classes)
     low, high = min(0, shown.min()), shown.max()
-    high = high if high > low else low + 1  # a gate that is always shut
     texts = [f"{v:.2f}" if abs(v) < 10 else f"{v:.3g}" for v in shown.flat]
     draw_heat_map(means, shown, texts, low, high, names)
     means.set_yticks(range(len(shown)), [f"a{number}" for number in range(1, len(shown) + 1)])
