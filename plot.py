@@ -107,15 +107,15 @@ def tabulate(rows):
     share."""
     configs = [hyperparameters(row[0]["config"]) for row in rows]
     shared = {key for key in configs[0] if all(c.get(key) == configs[0][key] for c in configs)}
+    hidden = shared - {"arch", "k"} | {"seed"}
     lines = [COLUMNS]
     for row, config in zip(rows, configs):
-        shown = ({"arch", "k"} | (config.keys() - shared)) - {"seed"}
-        options = [(key, value) for key, value in config.items() if key in shown]
-        options = [(key, value if isinstance(value, list) else [value]) for key, value in options]
-        words = ", ".join(
-            f"{key} {' '.join(map(str, values)) or 'none'}" for key, values in options
-        )
-        cells = [name_row(row), words.replace("_", " "), *describe_results(row)]
+        options = []
+        for key, value in config.items():
+            if key not in hidden:
+                values = value if isinstance(value, list) else [value]
+                options.append(f"{key} {' '.join(map(str, values)) or 'none'}")
+        cells = [name_row(row), ", ".join(options).replace("_", " "), *describe_results(row)]
         lines.append([cell.replace("|", "\\|") for cell in cells])
     widths = [max(map(len, column)) for column in zip(*lines)]
     lines.insert(1, ["-" * w if i < 2 else "-" * (w - 1) + ":" for i, w in enumerate(widths)])
