@@ -140,8 +140,10 @@ def describe_results(row):
 def draw_run(row, title):
     """Return a Figure of a row, one run or several seeds: each metric per epoch, loss per batch."""
     seeds = f", mean and range of {len(row)} seeds" if len(row) > 1 else ""
-    names = list_metrics(row)
-    places = [[name, names[min(i + 1, len(names) - 1)]] for i, name in enumerate(names)][::2]
+    metrics = [key for key in row[0]["epochs"][0] if key.startswith(("train_", "val_"))]
+    names = ["loss", "accuracy"] + [key.partition("_")[2] for key in metrics]
+    names = list(dict.fromkeys(names))  # each once
+    places = [[left, right or left] for left, right in zip_longest(names[::2], names[1::2])]
     places += [["batches", "batches"]]
     figure = start_figure(title + seeds + note_unfinished(row), 0.3 + 2.6 * len(places))
     axes = figure.subplot_mosaic(places)
@@ -149,13 +151,6 @@ def draw_run(row, title):
         draw_epochs(axes[name], row, name)
     draw_batches(axes["batches"], [run["batch_losses"] for run in row])
     return figure
-
-
-def list_metrics(row):
-    """Return the metrics of training or validation that the epochs of a row have."""
-    parts = (key.partition("_") for key in row[0]["epochs"][0])
-    names = ["loss", "accuracy", *(name for part, _, name in parts if part in ("train", "val"))]
-    return list(dict.fromkeys(names))
 
 
 def draw_epochs(axes, row, name):
