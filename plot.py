@@ -23,7 +23,7 @@ from gallery import BLUE, COLOURS, ORANGE, draw_gates, draw_test, save, start_fi
 from history import hyperparameters, read_history, to_path, write_atomically
 
 DASHES = ("-", "--", "-.", ":")
-TEST_PICTURES = {"test": draw_test, "gates": draw_gates}
+PARTS = {"train": ("training", "o-", BLUE), "val": ("validation", "s--", ORANGE)}
 COLUMNS = ("row", "hyperparameters", "parameters", "reported", "measured", "difference", "seconds")
 
 
@@ -62,8 +62,10 @@ def list_pictures(runs, rows, title):
     for row in rows:
         yield row[0]["path"], name_row(row), draw_run, row, one_title or name_row(row)
     for run in runs:
-        for kind, draw in TEST_PICTURES.items() if "test" in run else ():
-            yield run["path"], f"{run['name']}-{kind}", draw, run["test"], one_title or run["name"]
+        if "test" in run:
+            what = run["test"], one_title or run["name"]
+            yield run["path"], f"{run['name']}-test", draw_test, *what
+            yield run["path"], f"{run['name']}-gates", draw_gates, *what
     if len(rows) > 1:
         yield runs[0]["path"], "comparison", draw_comparison, rows, title or ""
 
@@ -155,17 +157,17 @@ def draw_run(row, title):
 
 def draw_epochs(axes, row, name):
     """Draw a metric of training and validation over the epochs, grey between the two."""
-    ends = []
-    for part, line, colour in (("train", "o-", BLUE), ("val", "s--", ORANGE)):
-        if all(f"{part}_{name}" in epoch for run in row for epoch in run["epochs"]):
-            label = {"train": "training", "val": "validation"}[part]
-            ends.append((draw_metric(axes, row, f"{part}_{name}", line, colour, label), colour))
-    if len(ends) == 2:
-        (train, _), (val, _) = ends
-        epochs, faint = np.arange(1, len(train) + 1), {"alpha": 0.1, "linewidth": 0}
-        axes.fill_between(epochs, train, val, color="black", label="gap", **faint)
-    ends.sort(key=lambda end: end[0][-1])  # so that the two numbers do not overlap
-    for (means, colour), va in zip(ends, ("top", "bottom")):
+    curves = {}  # the means, by colour
+    for part, (label, line, colour) in PARTS.items():
+        metric = f"{part}_{name}"
+        if all(metric in epoch for run in row for epoch in run["epochs"]):
+            curves[colour] = draw_metric(axes, row, metric, line, colour, label)
+    if len(curves) == 2:
+        train, val = curves.values()
+        epochs = np.arange(1, len(train) + 1)
+        axes.fill_between(epochs, train, val, color="black", alpha=0.1, linewidth=0, label="gap")
+    lowest_first = sorted(curves.items(), key=lambda curve: curve[1][-1])
+    for (colour, means), va in zip(lowest_first, ("top", "bottom")):  # numbers never overlap
         text, where = f"{means[-1]:.2f}", {"xytext": (6, 0), "textcoords": "offset points"}
         axes.annotate(text, (len(means), means[-1]), **where, color=colour, va=va, fontsize=8)
     axes.legend()
