@@ -247,8 +247,8 @@ def draw_dots(axes, rows, names):
 def spread(series):
     """Return (means, lowest, highest) of several lists of numbers, place by place, as arrays.
     Where some lists have ended they are those of the others."""
-    places = [[v for v in place if v is not None] for place in zip_longest(*series)]
-    return [np.array([of(place) for place in places]) for of in (statistics.fmean, min, max)]
+    places = np.array(list(zip_longest(*series, fillvalue=np.nan)))
+    return np.nanmean(places, 1), np.nanmin(places, 1), np.nanmax(places, 1)
 
 
 def parse_args(argv=None):
