@@ -191,9 +191,8 @@ def draw_metric(axes, row, metric, line, colour, label):
 
 def draw_batches(axes, batch_losses):
     """Draw every batch's training loss and its running mean; of several runs, mean and band."""
-    shortest = min(map(len, batch_losses))
-    window = min(shortest, max(2, shortest // 50))
     losses, low, high = spread(batch_losses)
+    window = min(len(losses), max(2, len(losses) // 50))
     numbers, thin = np.arange(1, len(losses) + 1), {"alpha": 0.35, "linewidth": 0.5}
     axes.fill_between(numbers, low, high, color=BLUE, label="each batch", **thin)
     means = np.convolve(losses, np.full(window, 1 / window), "valid")
