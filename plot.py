@@ -31,7 +31,7 @@ def draw_all(args):
     """Write every picture and the table, of the runs that have an epoch. Return what could not be
     read or drawn, a line each."""
     runs, problems, drawn = [], [], set()
-    for path in args.histories:
+    for path in dict.fromkeys(args.histories):  # each once
         try:
             run = read_history(path) | {"name": path.stem, "path": path}
             runs += [run] if run["epochs"] else []
@@ -263,9 +263,7 @@ def parse_args(argv=None):
     formats = "of the pictures (default: %(default)s)"
     add("--format", choices=("png", "svg", "pdf"), default="png", help=formats)
     add("--title", help="title, of several rows of their comparison (default: the name)")
-    args = parser.parse_args(argv)
-    args.histories = list(dict.fromkeys(args.histories))
-    return args
+    return parser.parse_args(argv)
 
 
 def main(argv=None):
