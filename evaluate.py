@@ -77,20 +77,19 @@ def open_checkpoint(path, args):
 def measure(model, batches, amp, classes, tta=False):
     """Return all test metrics that a history keeps of a model on a list of batches, with `tta` also
     the accuracy and the loss that test-time augmentation gives."""
-    kept = {name: [] for name, _ in model.backbone.named_children()}
-    hooks = [
-        block.gate_linear.register_forward_hook(
-            lambda _layer, _input, output, keep=keep, gate=block.gate: keep.append(gate(output))
-        )
-        for block, keep in zip(model.backbone, kept.values())
-    ]
+    coefficients = {block: [] for block in model.backbone}
+
+    def keep(block, inputs):
+        coefficients[block].append(block.coefficients(*inputs))
+
+    hooks = [block.register_forward_pre_hook(keep) for block in model.backbone]
     logits, labels = (tensor.cpu() for tensor in predict(model, batches, amp))
     for hook in hooks:
         hook.remove()
     metrics = measure_predictions(logits, labels, classes)
     metrics["gates"] = [
         {"block": name, "similarity": measure_similarity(block)}
-        | measure_gate(torch.cat(kept[name]).cpu(), labels, classes)
+        | measure_gate(torch.cat(coefficients[block]).cpu(), labels, classes)
         for name, block in model.backbone.named_children()
     ]
     if tta:
