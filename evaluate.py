@@ -28,7 +28,6 @@ from model import IMAGE_SIZE, predict
 from run import load_checkpoint, load_model, write_checkpoint
 
 BINS = 15  # of confidence
-QUANTILES = (0, 0.25, 0.5, 0.75, 1)
 WRONG = 36  # misclassified images kept
 PHOTO = 256  # pixels, the longer side of a photo as it is drawn
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # twice as large is an error
@@ -146,10 +145,10 @@ def find_most_wrong(percentages, labels, classes):
 
 
 def measure_gate(coefficients, labels, classes):
-    """Return means (classes, k) and quantiles (k, 5) of a block's coefficients (N, k)."""
+    """Return means (classes, k) and quartiles (k, 5) of a block's coefficients (N, k)."""
     members = F.one_hot(labels, len(classes)).T.float()
     means = members @ coefficients / members.sum(1, keepdim=True).clamp(min=1)
-    quantiles = coefficients.quantile(torch.tensor(QUANTILES), dim=0).T
+    quantiles = coefficients.quantile(torch.linspace(0, 1, 5), dim=0).T
     return {"mean_per_class": means.tolist(), "quantiles": quantiles.tolist()}
 
 
