@@ -125,7 +125,7 @@ def measure_calibration(percentages, labels):
     correct = 100.0 * (predicted == labels)
     places = (confidence * BINS / 100).ceil().clamp(1, BINS) - 1
     bins = []
-    for inside in places == torch.arange(BINS, device=places.device)[:, None]:
+    for inside in places == torch.arange(BINS)[:, None]:
         means = [v[inside].mean().item() if inside.any() else None for v in (confidence, correct)]
         bins.append(dict(zip(("confidence", "accuracy"), means)) | {"count": inside.sum().item()})
     gaps = [b["count"] * abs(b["confidence"] - b["accuracy"]) for b in bins if b["count"]]
