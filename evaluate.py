@@ -197,16 +197,16 @@ def classify(path, args):
 
 def export(path, target):
     """Write the weights of a checkpoint alone, in half precision: a checkpoint for evaluate.py and
-    load_model. Its own precision is float32, which every machine has."""
+    load_model."""
     if target.exists():
         raise ValueError(f"{target} exists: give another file to --export")
     checkpoint = load_checkpoint(path)
-    weights = checkpoint["weights"].items()
-    halves = {name: w.half() if w.is_floating_point() else w for name, w in weights}
-    kept = {"config": checkpoint["config"] | {"data_dir": "data", "out": "runs"}}
-    kept |= {"history": checkpoint["history"], "precision": "float32", "weights": halves}
+    checkpoint.pop("state", None)  # what resuming needs
+    checkpoint["config"] |= {"data_dir": "data", "out": "runs"}
+    checkpoint["precision"] = "float32"  # which every machine has
+    checkpoint["weights"] = rebuild(checkpoint, path).half().state_dict()
     target.parent.mkdir(parents=True, exist_ok=True)
-    write_checkpoint(target, kept)
+    write_checkpoint(target, checkpoint)
     print(target, file=sys.stderr)
 
 
