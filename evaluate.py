@@ -223,8 +223,7 @@ def read_photo(path):
             white = Image.new("RGBA", image.size, "white")
             return Image.alpha_composite(white, image).convert("RGB")
     except Exception as error:  # a damaged file can make PIL's decoders raise nearly anything
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{path}: not there, or not a whole image ({reason})") from error
+        raise ValueError(f"{path}: not there, or not a whole image ({error})") from error
 
 
 def parse_args(argv=None):
