@@ -260,8 +260,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("histories", nargs="+", type=to_path, help="runs/NAME.json")
     add("--out", type=to_path, help="folder to write to (default: that of the histories)")
-    formats = "of the pictures (default: %(default)s)"
-    add("--format", choices=("png", "svg", "pdf"), default="png", help=formats)
+    add("--format", choices=("png", "svg", "pdf"), default="png", help="of pictures (default: png)")
     add("--title", help="title, of several rows of their comparison (default: the name)")
     return parser.parse_args(argv)
 
