@@ -16,8 +16,6 @@ from torch import nn
 
 MKLDNN = torch.backends.mkldnn.is_available()  # oneDNN's old name
 ONEDNN_HAS_BFLOAT16 = MKLDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-HAS_AMX = torch.cpu._is_amx_tile_supported()
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 FORM = "auto"
 
@@ -192,7 +190,7 @@ class Pool(nn.Module):
 def memory_format(device, precision):
     """The memory format in which networks train fastest: on GPUs, and in bfloat16 on CPUs with AMX,
     the channels of a pixel together; elsewhere the pixels of a channel."""
-    amx = device.type == "cpu" and precision == "bfloat16" and HAS_AMX
+    amx = device.type == "cpu" and precision == "bfloat16" and torch.cpu._is_amx_tile_supported()
     return torch.channels_last if device.type == "cuda" or amx else torch.contiguous_format
 
 
@@ -214,5 +212,5 @@ def keep_memory():
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # PyTorch reads it at its first tensor
     if platform.libc_ver()[0] == "glibc":
         malloc = ctypes.CDLL(None)
-        malloc.mallopt(M_MMAP_MAX, 0)
-        malloc.mallopt(M_TRIM_THRESHOLD, -1)  # never
+        malloc.mallopt(-4, 0)  # M_MMAP_MAX: the heap holds large tensors, too
+        malloc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: and never shrinks

@@ -85,7 +85,7 @@ def test_a_network_in_channels_last_stays_so_from_its_first_block_on(form, preci
 def test_channels_are_together_on_gpus_and_in_bfloat16_on_cpus_with_amx(
     kind, precision, amx, together, monkeypatch
 ):
-    monkeypatch.setattr(fast, "HAS_AMX", amx)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     expected = torch.channels_last if together else torch.contiguous_format
     assert fast.memory_format(torch.device(kind), precision) is expected
 
