@@ -243,8 +243,7 @@ def parse_args(argv=None):
 
 def refuse_contradictions(args, parser):
     """Refuse what no single option can see."""
-    plain = args.name == Path(args.name).name and args.name.isprintable()
-    if not plain or args.name in ("", ".."):
+    if args.name != Path(args.name).name or args.name == ".." or not args.name.isprintable():
         parser.error(f"--name {args.name!r} becomes part of file names; --out takes the folder")
     if args.resume and args.overwrite:
         parser.error("--resume goes on with a run and --overwrite replaces it: give one of them")
