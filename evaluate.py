@@ -204,7 +204,7 @@ def export(path, target):
     checkpoint.pop("state", None)  # what resuming needs
     checkpoint["config"] |= {"data_dir": "data", "out": "runs"}
     checkpoint["precision"] = "float32"  # which every machine has
-    checkpoint["weights"] = rebuild(checkpoint, path).half().state_dict()
+    checkpoint["weights"] = load_model(path).half().state_dict()
     target.parent.mkdir(parents=True, exist_ok=True)
     write_checkpoint(target, checkpoint)
     print(target, file=sys.stderr)
