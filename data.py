@@ -12,7 +12,6 @@ import random
 import warnings
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -91,9 +90,17 @@ def load(name, data_dir="data", train=True):
         raise ValueError(f"no data set is called {name!r}, only {', '.join(CLASSES)}")
     if name == "shapes":
         return draw_shapes(10_000, seed=0) if train else draw_shapes(1_000, seed=1)
-    cifar10 = _read_cifar10(Path(data_dir), train)
-    images = torch.from_numpy(cifar10.data).permute(0, 3, 1, 2).contiguous()
-    return Dataset(images, torch.tensor(cifar10.targets), name)
+    cifar10 = torchvision.datasets.CIFAR10
+    try:
+        loaded = cifar10(data_dir, train=train, download=True)  # if its md5 sums are not right
+    except (RuntimeError, OSError, EOFError) as error:
+        raise OSError(
+            f"{data_dir}/{cifar10.base_folder} is missing or damaged, and a download failed "
+            f"({error}); put {cifar10.filename} from {cifar10.url} into {data_dir}, or use "
+            "--dataset shapes, without files"
+        ) from error
+    images = torch.from_numpy(loaded.data).permute(0, 3, 1, 2).contiguous()
+    return Dataset(images, torch.tensor(loaded.targets), name)
 
 
 def load_split(name, data_dir="data", holdout=0, limit=None):
@@ -108,21 +115,6 @@ def load_split(name, data_dir="data", holdout=0, limit=None):
     if limit and limit > len(train_set):
         raise ValueError(f"--limit {limit}: there are {len(train_set)} training images")
     return train_set[:limit], validation_set
-
-
-def _read_cifar10(data_dir, train):
-    """Return torchvision's CIFAR10, verified by its md5 sums; OSError says what to do."""
-    cifar10 = torchvision.datasets.CIFAR10
-    for download in (False, True):
-        try:
-            return cifar10(data_dir, train=train, download=download)
-        except (RuntimeError, OSError, EOFError) as error:
-            reason = error
-    raise OSError(
-        f"{data_dir / cifar10.base_folder} is missing or damaged, and a download failed ({reason})"
-        f"; put {cifar10.filename} from {cifar10.url} into {data_dir}, or use --dataset shapes, "
-        "without files"
-    )
 
 
 def hold_out(dataset, count):

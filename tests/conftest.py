@@ -10,7 +10,6 @@ from pathlib import Path
 from unittest.mock import Mock, patch
 
 import pytest
-import torchvision
 
 import data
 import evaluate
@@ -32,7 +31,7 @@ RECIPE = (
     "--optimizer sgd --lr 0.1 --momentum 0.9 --nesterov --weight-decay 5e-4 --bias-lr 16"
 ).split()
 
-for slow in ("draw_shapes", "_read_cifar10"):  # once for all tests
+for slow in ("draw_shapes", "load"):  # once for all tests
     setattr(data, slow, functools.cache(getattr(data, slow)))
 
 needs_cifar10 = pytest.mark.skipif(
@@ -43,7 +42,8 @@ needs_cifar10 = pytest.mark.skipif(
 @pytest.fixture(autouse=True, scope="session")
 def no_download_and_no_other_signal_handlers():
     refuse = Mock(side_effect=OSError("no network in tests"))
-    with patch.object(torchvision.datasets.CIFAR10, "download", refuse), patch("signal.signal"):
+    download = "torchvision.datasets.cifar.download_and_extract_archive"
+    with patch(download, refuse), patch("signal.signal"):
         yield
 
 
