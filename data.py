@@ -11,7 +11,6 @@ normalised at once. There is no per-image Python work and there are no worker pr
 import random
 import warnings
 from dataclasses import dataclass
-from itertools import islice
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +28,6 @@ NORMALISATION = {
 }
 
 CROP_PADDING = 2  # pixels
-EVALUATION_BATCH = 250  # images
 # Of torchvision, as some versions of NumPy give it.
 warnings.filterwarnings("ignore", message=".*align should be passed as Python or NumPy boolean")
 
@@ -58,9 +56,7 @@ class Dataset:
         """The same on a device."""
         return Dataset(self.images.to(device), self.labels.to(device), self.name)
 
-    def batches(
-        self, size=EVALUATION_BATCH, seed=None, epoch=0, start=0, augment=(), share=slice(None)
-    ):
+    def batches(self, size=250, seed=None, epoch=0, start=0, augment=(), share=slice(None)):
         """Yield (x, labels), normalised float32 (N, 3, 32, 32) and int64 (N,), from batch number
         `start` on; the last batch may be smaller. With a seed every epoch has a shuffle of its own
         and `augment` (names in AUGMENTATIONS) applies; without one the order is the data set's.
@@ -73,10 +69,9 @@ class Dataset:
         mean, std = torch.tensor(NORMALISATION[self.name], device=device)[..., None, None]
         scale, shift = 1 / (255 * std), -mean / std
         generator = torch.Generator(device)
-        for step, indices in islice(enumerate(order.split(size)), start, None):
+        for step, indices in list(enumerate(order.split(size)))[start:]:
             images = self.images.index_select(0, indices)  # 20 times faster than images[indices]
-            if augment:
-                generator.manual_seed(derive_seed(seed, epoch, step, "augment"))
+            generator.manual_seed(derive_seed(seed, epoch, step, "augment"))
             for name in augment:
                 images = AUGMENTATIONS[name](images, generator)
             x = images[share].float().mul_(scale).add_(shift)
@@ -130,7 +125,7 @@ def hold_out(dataset, count):
     held = torch.zeros(len(labels), dtype=torch.bool)
     for label in range(classes):
         members = (labels == label).nonzero().flatten()
-        held[members[len(members) - per_class :]] = True
+        held[members[-per_class:]] = True
     return dataset[~held], dataset[held]
 
 
