@@ -142,16 +142,15 @@ def build_product(macs, device, precision):
 def build_training(row, device, precision, textbook=False):
     """Return a function that trains the network of a row by one step on random images."""
     options, batch = ROWS[row]
-    torch.manual_seed(0)
-    if textbook:
-        model = build_model(options)
-        model.backbone = nn.Sequential(*map(TextbookBlock, model.backbone))
-        model = model.to(device)
-    else:
+    if not textbook:
         choose_device(str(device))  # keeps memory
-        fast.FORM = "auto"
-        layout = fast.memory_format(device, precision)
-        model = build_model(options).to(device, memory_format=layout)
+    torch.manual_seed(0)
+    model = build_model(options)
+    if textbook:
+        model.backbone = nn.Sequential(*map(TextbookBlock, model.backbone))
+    else:
+        model.to(memory_format=fast.memory_format(device, precision))
+    model.to(device)
     optimizer = torch.optim.AdamW(model.parameters(), fused=device.type == "cuda" or not textbook)
     images = torch.randn(batch, 3, 32, 32, device=device)
     labels = torch.randint(10, (batch,), device=device)
