@@ -38,50 +38,41 @@ while [ $# -gt 0 ] && [ "$1" != -- ]; do
     shift
 done
 shift $(($# > 0)) # the --
-out=runs
-for ((i = 1; i <= $#; i++)); do
-    case ${!i} in
-    --out) j=$((i + 1)) && out=${!j-} ;;
-    --out=*) out=${!i#--out=} ;;
-    esac
+out=runs previous=
+for word in "$@"; do
+    if [ "$previous" = --out ]; then out=$word; fi
+    case $word in --out=*) out=${word#--out=} ;; esac
+    previous=$word
 done
 case $out in "~" | "~/"*) out=$HOME${out#\~} ;; esac # as train.py reads it
 resume=--resume
 if [[ " $* " == *" --overwrite "* ]]; then resume=; fi
 
-child=
-stop() { # stop SIGNAL CODE: pass the signal on, and end when the script has ended
-    if [ -n "$child" ]; then kill -s "$1" "$child" && wait "$child"; fi
-    exit "$2"
-}
-trap 'stop TERM 143' TERM
-trap 'stop TERM 130' INT
+launch=(${LAUNCH:-python})
 
-run() { # run COMMAND ...: as a child that signals reach
+run() { # run COMMAND ...: in the background, or a signal would have to wait for its end
     "$@" &
-    child=$!
-    wait "$child"
+    wait $!
 }
+stop() { # stop CODE: end the script that runs, then this one
+    kill $! && wait $!
+    exit "$1"
+}
+trap 'stop 143' TERM
+trap 'stop 130' INT
 
+shopt -s nullglob # a pattern that no file matches is nothing; [.] makes one of a plain name
 failed=
 histories=()
 for row in "${rows[@]}"; do
     read -r name options <<<"$row"
     if [ ${#wanted[@]} = 0 ] || [[ " ${wanted[*]} " == *" $name "* ]]; then
         echo "== $name"
-        if run ${LAUNCH:-python} "$here/train.py" $options "$@" --name "$name" $resume; then
-            tested=()
-            for file in "$out/$name.pt" "$out/$name"-seed*.pt; do
-                if [ -e "$file" ]; then tested+=("$file"); fi
-            done
-            run python "$here/evaluate.py" "${tested[@]}" --once || failed+=" $name"
-        else
+        run "${launch[@]}" "$here/train.py" $options "$@" --name "$name" $resume &&
+            run python "$here/evaluate.py" "$out/$name"[.]pt "$out/$name"-seed*.pt --once ||
             failed+=" $name"
-        fi
     fi
-    for file in "$out/$name.json" "$out/$name"-seed*.json; do
-        if [ -e "$file" ]; then histories+=("$file"); fi
-    done
+    histories+=("$out/$name"[.]json "$out/$name"-seed*.json)
 done
 if [ ${#histories[@]} -gt 0 ]; then
     run python "$here/plot.py" "${histories[@]}" || failed+=" plot"
