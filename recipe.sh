@@ -23,16 +23,12 @@ parts=( # of the recipe, by name, that can be left out
     "bias-lr --bias-lr 16"
     "decay --weight-decay 2e-3"
 )
-recipe=
-for part in "${parts[@]}"; do recipe+=" ${part#* }"; done
-
-rows=("best $network $recipe" "all $network $recipe --holdout 5000")
+best="$network ${parts[*]#* }"
+all="$best --holdout 5000"
+rows=("best $best" "all $all")
 for part in "${parts[@]}"; do
-    rows+=("without-${part%% *} $network ${recipe/"${part#* }"/} --holdout 5000")
+    rows+=("without-${part%% *} ${all/"${part#* }"/}")
 done
-rows+=("k1 $network $recipe --k 1 --holdout 5000")
-rows+=("k3 $network $recipe --k 3 --holdout 5000")
-for gate in mean sigmoid; do
-    rows+=("gate-$gate $network $recipe --gate $gate --holdout 5000")
-done
+rows+=("k1 $all --k 1" "k3 $all --k 3")
+rows+=("gate-mean $all --gate mean" "gate-sigmoid $all --gate sigmoid")
 . "$(dirname "$(readlink -f "$0")")/ablations.sh"
