@@ -53,102 +53,62 @@ def replay(tmp_path):
 
 
 def trained(calls):
-    """The options of each training run, parsed by train.py's own parser, by name."""
-    runs = (parse_args(call[1:]) for call in calls if call[0] == "train.py")
-    return {args.name: args for args in runs}
+    """The options of each training run, as train.py's own parser reads them."""
+    return [vars(parse_args(words)) for script, *words in calls if script == "train.py"]
 
 
-FINAL = {
-    "dataset": "cifar10",
-    "batch_size": 128,
-    "arch": [64, 128, 256, 512],
-    "k": 3,
-    "gate": "softmax",
-    "block_relu": True,
-    "pool": "adaptive",
-    "fc": 3,
-    "hidden": 4096,
-    "dropout": 0.5,
-    "init": "he",
-    "optimizer": "adamw",
-    "lr": 0.001,
-    "weight_decay": None,
-    "schedule": "cosine",
-    "epochs": 15,
-    "holdout": 0,
-    "augment": [],
-    "seed": 0,
-    "norm": "none",
-    "downsample": [],
-    "residual": False,
-    "logit_scale": 1.0,
-    "momentum": None,
-    "nesterov": False,
-    "bias_lr": None,
-    "label_smoothing": 0.0,
-}
-EARLY = {"init": "default", "schedule": "none", "epochs": 30}
-NETWORK = {
-    "arch": [32, 128, 128, 256, 256, 256, 256],
-    "init": "default",
-    "downsample": [2, 4, 6],
-    "k": 2,
-    "fc": 1,
-    "norm": "batch",
-    "optimizer": "sgd",
-    "lr": 0.4,
-    "momentum": 0.9,
-    "nesterov": True,
-    "batch_size": 512,
-    "epochs": 16,
-}
-PARTS = {
-    "residual": {"residual": True},
-    "max-pool": {"pool": "max"},
-    "logit-scale": {"logit_scale": 0.125},
-    "whitening": {"init": "whiten"},
-    "augment": {"augment": ["crop", "flip"]},
-    "smoothing": {"label_smoothing": 0.1},
-    "onecycle": {"schedule": "onecycle"},
-    "bias-lr": {"bias_lr": 16.0},
-    "decay": {"weight_decay": 2e-3},
-}
+def expected(rows, *common):
+    """What `trained` gives of rows that differ from the report's final model by some options."""
+    commands = [f"{FINAL} {row} --name {name}".split() for name, row in rows.items()]
+    return [vars(parse_args([*words, *common])) for words in commands]
 
 
-def recipe(*names):
-    return NETWORK | {key: value for name in names for key, value in PARTS[name].items()}
-
-
-RECIPE = recipe(*PARTS) | {"holdout": 5000}
+FINAL = (
+    "--dataset cifar10 --batch-size 128 --arch 64 128 256 512 --k 3 --gate softmax --block-relu "
+    "--norm none --no-residual --pool adaptive --fc 3 --hidden 4096 --dropout 0.5 --logit-scale 1 "
+    "--init he --optimizer adamw --lr 0.001 --no-nesterov --schedule cosine --label-smoothing 0 "
+    "--epochs 15 --holdout 0 --seed 0"
+)
+EARLY = "--init default --schedule none --epochs 30"
 REPORT = {
-    "row1": EARLY
-    | {
-        "arch": [64, 128, 256],
-        "k": 2,
-        "block_relu": False,
-        "fc": 1,
-        "pool": "avg",
-        "reported": [52.0],
-    },
-    "row2": EARLY | {"arch": [64, 128, 256], "k": 2, "fc": 1, "reported": [72.0]},
-    "row3": EARLY | {"reported": [82.01]},
-    "row4": EARLY | {"arch": [16, 8, 4], "fc": 1, "reported": [61.0]},
-    "row5": EARLY | {"dropout": 0.0, "epochs": 15, "reported": [79.34]},
-    "final": {"reported": [82.97, 82.84]},
-    "sgd": {"optimizer": "sgd", "reported": [10.0]},
-    "adam": {"optimizer": "adam", "reported": []},
-    "gate-relu": {"gate": "relu", "reported": []},
+    "row1": f"{EARLY} --arch 64 128 256 --k 2 --no-block-relu --fc 1 --pool avg --reported 52",
+    "row2": f"{EARLY} --arch 64 128 256 --k 2 --fc 1 --reported 72",
+    "row3": f"{EARLY} --reported 82.01",
+    "row4": f"{EARLY} --arch 16 8 4 --fc 1 --reported 61",
+    "row5": f"{EARLY} --epochs 15 --dropout 0 --reported 79.34",
+    "final": "--reported 82.97 82.84",
+    "sgd": "--optimizer sgd --reported 10",
+    "adam": "--optimizer adam",
+    "gate-relu": "--gate relu",
+}
+NETWORK = (
+    "--arch 32 128 128 256 256 256 256 --downsample 2 4 6 --k 2 --fc 1 --norm batch --epochs 16 "
+    "--init default --optimizer sgd --lr 0.4 --momentum 0.9 --nesterov --batch-size 512"
+)
+PARTS = {
+    "residual": "--residual",
+    "max-pool": "--pool max",
+    "logit-scale": "--logit-scale 0.125",
+    "whitening": "--init whiten",
+    "augment": "--augment crop flip",
+    "smoothing": "--label-smoothing 0.1",
+    "onecycle": "--schedule onecycle",
+    "bias-lr": "--bias-lr 16",
+    "decay": "--weight-decay 2e-3",
 }
 
 
-def test_every_row_has_the_reports_options(replay):
+def test_the_options_are_the_reports_final_models_by_default():
+    defaults = vars(parse_args([]))
+    assert defaults == vars(parse_args(FINAL.split()))
+    assert defaults["downsample"] == defaults["augment"] == []
+    assert {defaults[name] for name in ("weight_decay", "momentum", "bias_lr", "limit")} == {None}
+
+
+def test_every_row_has_the_reports_options(replay, tmp_path):
     result, calls = replay()
     assert result.returncode == 0, result.stderr
-    runs = trained(calls)
-    assert list(runs) == list(REPORT)
-    for name, args in runs.items():
-        expected = FINAL | REPORT[name]
-        assert {key: getattr(args, key) for key in expected} == expected, name
+    assert trained(calls) == expected(REPORT, "--out", str(tmp_path), "--resume")
 
 
 def test_each_row_is_trained_then_evaluated_and_all_are_plotted_last(replay, tmp_path):
@@ -160,15 +120,14 @@ def test_each_row_is_trained_then_evaluated_and_all_are_plotted_last(replay, tmp
 
 def test_named_rows_run_alone_with_the_options_after_the_dashes(replay, tmp_path):
     _, calls = replay("row4", "final", "--", "--device", "cpu")
-    runs = trained(calls)
-    assert list(runs) == ["row4", "final"]
-    assert all(args.device == "cpu" and args.out == tmp_path for args in runs.values())
+    rows = {name: REPORT[name] for name in ("row4", "final")}
+    options = ["--device", "cpu", "--out", str(tmp_path)]
+    assert trained(calls) == expected(rows, *options, "--resume")
 
 
 def test_overwrite_is_not_contradicted(replay):
-    assert trained(replay("row4")[1])["row4"].resume
-    args = trained(replay("row4", "--", "--overwrite")[1])["row4"]
-    assert args.overwrite and not args.resume
+    (options,) = trained(replay("row4", "--", "--overwrite")[1])
+    assert options["overwrite"] and not options["resume"]
 
 
 @pytest.mark.parametrize("out", ["~", "~/runs"])
@@ -195,28 +154,25 @@ def test_a_signal_reaches_the_training(replay, tmp_path):
 
 
 def test_another_seed_is_another_run_beside_the_first(replay, tmp_path):
-    assert list(trained(replay("row4", "--", "--seed", "0")[1])) == ["row4"]
+    replay("row4", "--", "--seed", "0")
     _, calls = replay("row4", "--", "--seed", "1")
-    assert list(trained(calls)) == ["row4-seed1"]
+    assert [options["name"] for options in trained(calls)] == ["row4-seed1"]
     both = ("row4", "row4-seed1")
     assert calls[1] == ["evaluate.py", *[str(tmp_path / f"{name}.pt") for name in both], "--once"]
     assert calls[-1][1:] == [str(tmp_path / f"{name}.json") for name in both]
 
 
-def test_the_recipe_is_trained_and_each_part_left_out_and_other_gates(replay):
-    result, calls = replay("--", "--arch", *"8888888", "--seed", "1", script=ROOT / "recipe.sh")
+def test_the_recipe_is_trained_and_each_part_left_out_and_other_gates(replay, tmp_path):
+    common = ["--arch", *"8888888", "--seed", "1", "--out", str(tmp_path)]
+    result, calls = replay("--", *common, script=ROOT / "recipe.sh", out=None)
     assert result.returncode == 0, result.stderr
-    expected = {"best": RECIPE | {"holdout": 0}, "all": RECIPE}
-    for name in PARTS:
-        others = recipe(*(other for other in PARTS if other != name))
-        expected[f"without-{name}"] = others | {"holdout": 5000}
-    expected |= {"k1": RECIPE | {"k": 1}, "k3": RECIPE | {"k": 3}}
-    expected |= {f"gate-{gate}": RECIPE | {"gate": gate} for gate in ("mean", "sigmoid")}
-    runs = trained(calls)
-    assert list(runs) == [f"{name}-seed1" for name in expected]
-    for args, options in zip(runs.values(), expected.values()):
-        options = FINAL | options | {"arch": [8] * 7, "seed": 1}
-        assert {key: getattr(args, key) for key in options} == options, args.name
+    best = " ".join([NETWORK, *PARTS.values()])
+    everything = f"{best} --holdout 5000"
+    rows = {"best": best, "all": everything}
+    rows |= {f"without-{name}": everything.replace(part, "") for name, part in PARTS.items()}
+    rows |= {f"k{k}": f"{everything} --k {k}" for k in (1, 3)}
+    rows |= {f"gate-{gate}": f"{everything} --gate {gate}" for gate in ("mean", "sigmoid")}
+    assert trained(calls) == expected(rows, *common, "--resume")
 
 
 def test_a_failing_row_does_not_stop_the_others_and_is_named(replay):
