@@ -1,28 +1,23 @@
 import random
-import shutil
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import CIFAR10, TINY, ended, files, needs_cifar10
+from conftest import TINY, ended, files
 
 import evaluate
 import plot
 import train
-from model import build_model
 from run import FORMAT, load_checkpoint
 
-NO_CHOICE = [
-    f"--{option} x"
-    for option in "dataset gate pool init optimizer norm schedule augment precision mix".split()
-]
+NO_CHOICE = "dataset gate pool init optimizer norm schedule augment precision mix".split()
 OUT_OF_RANGE = (
-    "--arch 16 -8, --arch 16 0, --fc 0, --hidden -4096, --lr nan, --lr inf, --weight-decay -1, "
-    f"--epochs 0, --batch-size 0, --limit 0, --seed -1, --reported 101, --hidden {2**70}, "
-    f"--seed {2**64}"
+    "--arch 16 -8, --arch 16 0, --k 0, --fc 0, --hidden -4096, --dropout 1.5, --lr nan, --lr inf, "
+    "--weight-decay -1, --epochs 0, --batch-size 0, --limit 0, --seed -1, --reported 101, "
+    f"--hidden {2**70}, --seed {2**64}"
 ).split(", ")
-USAGE = {wrong: f"invalid choice: '{wrong.split()[1]}'" for wrong in NO_CHOICE}
+USAGE = {f"--{option} x": "invalid choice: 'x'" for option in NO_CHOICE}
 for wrong in OUT_OF_RANGE:
     option, *_, value = wrong.split()
     USAGE[wrong] = f"argument {option}: {value} is not from"
@@ -30,8 +25,6 @@ USAGE |= {
     "--arch": "--arch: expected at least one",
     "--arch 16,8": "invalid int value: '16,8'",
     "--k 2.5": "invalid int value: '2.5'",
-    "--k 0": "0 is not from 1 to 2147483648",
-    "--dropout 1.5": "1.5 is not from 0 to 1",
     f"--batch-size {2**31 + 1}": "2147483649 is not from 1 to 2147483648",
     "--momentum 0.9": "--optimizer adamw: ",
     "--nesterov": "argument 'nesterov'",
@@ -54,9 +47,8 @@ FAILURES = {
     "--holdout 15": "--holdout 15: not a multiple of the 10 classes",
     "--holdout 10000": "--holdout 10000: not a multiple of the 10 classes that leaves each of them",
     "--dataset cifar10 --data-dir GONE": "cifar-10-batches-py is missing or damaged",
-    "--dataset cifar10 --data-dir EMPTY": "--dataset shapes",
-    "--dataset cifar10 --data-dir BATCH": "cifar-10-batches-py is missing or damaged",
-    "--dataset cifar10 --data-dir FILE": "FILE/cifar-10-batches-py is missing",
+    "--dataset cifar10 --data-dir BATCH": "--dataset shapes",
+    "--dataset cifar10 --data-dir FILE": "FILE/cifar-10-batches-py is missing or damaged",
     "--out FILE": "FILE",
     "--arch 2000000000 2000000000": "a smaller network",
 }
@@ -66,7 +58,6 @@ WRONG = [(2, *usage) for usage in USAGE.items()] + [(1, *failure) for failure in
 @pytest.fixture
 def places(tmp_path, monkeypatch):
     """Folders and a file to name by mistake; the current folder is theirs."""
-    (tmp_path / "EMPTY").mkdir()
     (tmp_path / "BATCH" / "cifar-10-batches-py").mkdir(parents=True)
     (tmp_path / "BATCH" / "cifar-10-batches-py" / "data_batch_1").write_bytes(b"cut off")
     (tmp_path / "FILE").write_text("a file")
@@ -94,9 +85,6 @@ def test_plot_names_a_folder_it_cannot_write_to(run, places, refused):
     assert "FILE" in refused(plot.main, ["run.json", "--out", "FILE"])
 
 
-PICTURE = b"\x89PNG\r\n\x1a\n" + bytes(100)
-GOOD = {"arch": [4], "k": 2, "fc": 1, "dataset": "shapes", "data_dir": "data"}
-FEW = dict.fromkeys("abcdefghijkl", torch.zeros(3))
 PART = "is not a whole checkpoint of train.py"
 
 
@@ -104,9 +92,8 @@ def other_program(path):
     torch.save({"state_dict": {"weight": torch.zeros(3)}}, path)
 
 
-def truncated(path):
-    other_program(path)
-    path.write_bytes(path.read_bytes()[:-100])
+def older(path):
+    torch.save({"format": "gated multi-convolution checkpoint 2"}, path)
 
 
 def compressed(path):
@@ -116,10 +103,8 @@ def compressed(path):
 
 
 def flipped(path):
-    of(GOOD, **build_model(GOOD).state_dict())(path)
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
+    other_program(path)
+    path.write_bytes(path.read_bytes().replace(b"state_dict", b"State_dict"))  # one bit
 
 
 def of(config, **weights):
@@ -132,12 +117,14 @@ def of(config, **weights):
     [
         (lambda path: path.write_text("text"), PART),
         (other_program, PART),
-        (truncated, PART),
-        (lambda path: path.write_bytes(PICTURE), PART),
         (compressed, "is compressed or a folder"),
         (flipped, "a checksum does not match"),
+        (older, "its format is 'gated multi-convolution checkpoint 2', now it is"),
         (lambda path: None, "No such file"),
-        (of(GOOD, **FEW), "its weights do not fit its options"),
+        (
+            of({"arch": [4], "dataset": "shapes"}, weight=torch.zeros(3)),
+            "its weights do not fit its options",
+        ),
         (of(["arch"]), "its weights do not fit its options"),
     ],
 )
@@ -161,18 +148,10 @@ def test_a_pickle_that_would_run_code_is_refused_and_does_not(places, refused, a
     assert not (places / "ran").exists()
 
 
-def same(one, other):
-    if isinstance(one, dict):
-        return list(one) == list(other) and all(same(one[key], other[key]) for key in one)
-    if isinstance(one, torch.Tensor):
-        return one.dtype == other.dtype and torch.equal(one, other)
-    return type(one) is type(other) and one == other
-
-
 def test_a_flipped_bit_in_a_checkpoint_is_found_or_harmless(tmp_path):
     path = tmp_path / "run.pt"
-    of({"arch": [4]}, w=torch.arange(60.0), b=torch.arange(6))(path)
-    good, content = load_checkpoint(path), path.read_bytes()
+    of({"arch": [4]}, w=torch.arange(60), b=torch.arange(6))(path)
+    good, content = repr(load_checkpoint(path)), path.read_bytes()
     directory = content.index(b"PK\x01\x02")
     chance = random.Random(0)
     bits = list(range(8 * directory, 8 * len(content)))
@@ -182,10 +161,9 @@ def test_a_flipped_bit_in_a_checkpoint_is_found_or_harmless(tmp_path):
         flipped[bit // 8] ^= 1 << bit % 8
         path.write_bytes(flipped)
         try:
-            harmless = same(load_checkpoint(path), good)  # such as the time of an entry
+            assert repr(load_checkpoint(path)) == good  # a harmless one: the time of an entry
         except ValueError as error:
-            harmless = str(path) in str(error)
-        assert harmless, (bit // 8 - directory, bit % 8)
+            assert str(path) in str(error)
 
 
 def test_a_damaged_checkpoint_is_named_and_kept_when_resuming(run, stop, tmp_path):
@@ -204,12 +182,6 @@ def test_a_state_of_another_network_is_refused(run, tmp_path):
     torch.save(saved, tmp_path / "run.pt")
     longer = "--schedule none --epochs 3 --resume"
     assert "run.pt is of another run" in ended(run, longer)
-
-
-def test_a_checkpoint_of_an_older_version_is_refused_as_that(tmp_path, refused):
-    torch.save({"format": "gated multi-convolution checkpoint 2"}, tmp_path / "run.pt")
-    line = refused(evaluate.main, [str(tmp_path / "run.pt")])
-    assert "its format is 'gated multi-convolution checkpoint 2', now it is" in line
 
 
 HEAD = b'{"name": "x", "config": {}, "finished": true, "parameters": 1, "reported": [], '
@@ -247,12 +219,3 @@ def test_evaluate_keeps_a_history_that_is_not_ours(run, places, refused):
     (places / "run.json").write_text('{"name": "something else"}')
     assert "is not a history that train.py wrote" in refused(evaluate.main, ["run.pt"])
     assert (places / "run.json").read_text() == '{"name": "something else"}'
-
-
-@needs_cifar10
-def test_a_truncated_cifar10_batch_is_refused(tmp_path, refused):
-    batches = tmp_path / "cifar-10-batches-py"
-    shutil.copytree(CIFAR10 / batches.name, batches)
-    (batches / "data_batch_3").write_bytes((batches / "data_batch_3").read_bytes()[:-1])
-    options = ["--dataset", "cifar10", "--data-dir", str(tmp_path)]
-    assert f"{batches} is missing or damaged" in refused(train.main, [*TINY, *options])
