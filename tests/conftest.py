@@ -92,12 +92,12 @@ def run(tmp_path):
 def stop(run, monkeypatch):
     """stop(batches, options, ...): `run`, a signal after so many batches, and its exit code."""
 
-    def run_and_stop(batches, *options, kind=signal.SIGTERM):
+    def run_and_stop(batches, *options):
         save_or_stop, numbers = Run._save_or_stop, count(1)
 
         def signal_or_not(self, device):
             if next(numbers) == batches:
-                self._on_signal(kind, None)
+                self._on_signal(signal.SIGTERM, None)
             save_or_stop(self, device)
 
         with monkeypatch.context() as changes:

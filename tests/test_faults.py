@@ -27,6 +27,7 @@ def in_process(folder, options, file_size, save_seconds):
     resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
     sys.stderr = open(folder / "stderr", "w", buffering=1)
     sys.stdout = open(os.devnull, "w")
+    sys.argv = ["train.py", "--name", "my run", "--overwrite"]
     torch.set_num_threads(1)
     draw = data.draw_shapes
     data.draw_shapes = lambda count, seed: draw(min(count, 250), seed)
@@ -94,8 +95,8 @@ def test_a_signal_saves_the_state_and_says_how_to_go_on(whole, tmp_path, kind, c
     os.kill(process.pid, kind)
     assert finish(process) == code
     (line,) = (tmp_path / "stderr").read_text().splitlines()
-    assert line.startswith(f"train.py: {kind.name}: go on with python ")
-    assert line.endswith("--resume")
+    go_on = "go on with python train.py --name 'my run' --resume"
+    assert line == f"train.py: {kind.name}: {go_on}"
     assert "state" in load_checkpoint(tmp_path / "run.pt")
     assert finish(start(tmp_path, "--resume")) == 0
     assert ending(tmp_path) == whole[0]
