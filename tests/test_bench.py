@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import bench
+import fast
 from model import Block
 
 CPU = torch.device("cpu")
@@ -80,6 +81,7 @@ def test_a_training_step_trains(monkeypatch, textbook):
     assert losses[-1] < losses[0]
 
 
-def test_blocks_and_products_can_be_built_and_run():
+def test_blocks_and_products_can_be_built_and_run(monkeypatch):
+    monkeypatch.setattr(fast, "FORM", "auto")  # is set back
     bench.build_block("kernels", (4, 8, 8, 3), 2, CPU, "bfloat16")()
     assert bench.build_product(2 * 2048**2, CPU, "bfloat16")().shape == (2048, 3)

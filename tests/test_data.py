@@ -13,13 +13,6 @@ def numbered(count):
     return data.Dataset(images, numbers.long() % 10, "cifar10")
 
 
-def order(dataset, **options):
-    """The numbers of `numbered` images as batches yields them, batch by batch."""
-    mean, std = (torch.tensor(values) for values in data.NORMALISATION["cifar10"])
-    batches = dataset.batches(16, **options)
-    return [((x[:, 0, 0, 0] * std[0] + mean[0]) * 255).round().int().tolist() for x, _ in batches]
-
-
 @needs_cifar10
 def test_cifar10_is_split_by_its_train_flag():
     train, test = data.load("cifar10", CIFAR10), data.load("cifar10", CIFAR10, train=False)
@@ -79,11 +72,14 @@ def test_batches_are_normalised_and_in_order_without_a_seed():
 
 
 def test_every_epoch_shuffles_all_images_afresh_from_the_seed():
-    first, again = order(numbered(40), seed=1), order(numbered(40), seed=1)
-    assert first == again
-    assert sorted(sum(first, [])) == list(range(40))
-    assert first != order(numbered(40), seed=1, epoch=1)
-    assert first != order(numbered(40), seed=2)
+    def order(**options):
+        return [pixel for x, _ in numbered(40).batches(16, **options) for pixel in x[:, 0, 0, 0]]
+
+    first = order(seed=1)
+    assert first == order(seed=1)
+    assert sorted(first) == order()
+    assert first != order(seed=1, epoch=1)
+    assert first != order(seed=2)
 
 
 def test_batches_from_a_start_are_the_later_ones_of_the_epoch():

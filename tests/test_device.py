@@ -46,8 +46,12 @@ def test_auto_is_float32_where_onednn_may_not_use_them():
     assert result.stdout == "float32\n", result.stderr
 
 
-def test_without_git_there_is_no_commit(monkeypatch):
-    monkeypatch.setenv("PATH", "")
+@pytest.mark.parametrize("git", [None, r"printf 'fatal: \351' >&2; printf '\351'; exit 128"])
+def test_without_git_or_a_repository_there_is_no_commit(monkeypatch, tmp_path, git):
+    if git:  # what it prints need not be UTF-8
+        (tmp_path / "git").write_text(f"#!/bin/sh\n{git}\n")
+        (tmp_path / "git").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
     assert device.describe_environment(CPU, "float32")["commit"] is None
 
 
@@ -131,11 +135,3 @@ def test_a_rank_means_something_only_among_several_processes(monkeypatch, size, 
         monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name, raising=False)
     names = runpy.run_path(str(ROOT / "device.py"))
     assert (names["RANK"], names["LOCAL_RANK"]) == (rank, rank)
-
-
-def test_what_git_prints_need_not_be_utf_8(monkeypatch, tmp_path):
-    git = tmp_path / "git"
-    git.write_bytes(b"#!/bin/sh\nprintf 'fatal: \\351' >&2; printf '\\351'; exit 128\n")
-    git.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    assert device.find_commit() is None

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY, evaluate_in, files, needs_cifar10, weights, without_times
-from torch.optim import SGD, Adam, AdamW
+from torch.optim import SGD, Adagrad, Adam, AdamW, NAdam, RMSprop
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import bench
@@ -89,9 +89,13 @@ def test_onecycle_warms_up_in_a_fifth_of_the_run_and_comes_down_batch_by_batch(r
         ("--optimizer adam", Adam, {"weight_decay": 0}),
         ("--optimizer sgd", SGD, {"weight_decay": 0, "momentum": 0}),
         ("--optimizer sgd --momentum 0.9 --nesterov", SGD, {"momentum": 0.9, "nesterov": True}),
+        ("--optimizer another --weight-decay 0.1", RMSprop, {"weight_decay": 0.1}),
+        ("--optimizer another --weight-decay 0.1", NAdam, {"weight_decay": 0.1}),
+        ("--optimizer another --weight-decay 0.1", Adagrad, {"weight_decay": 0.1}),
     ],
 )
-def test_optimisers_are_pytorchs_with_its_defaults(options, kind, expected):
+def test_optimisers_are_pytorchs_with_its_defaults(options, kind, expected, monkeypatch):
+    monkeypatch.setitem(train.OPTIMIZERS, "another", kind)  # any of them can be added
     args = tiny(options)
     optimizer = make_optimizer(make_model(args, data.load("shapes"), CPU, "float32"), args)
     assert type(optimizer) is kind
@@ -217,28 +221,18 @@ def test_a_compiled_network_has_the_losses_of_the_others(run, monkeypatch):
     assert compiled == pytest.approx(plain, rel=1e-4)
 
 
-def test_options_that_are_paths_know_the_home_folder(monkeypatch):
+@pytest.mark.parametrize(
+    "parse, options",
+    [
+        (parse_args, "--out=~/x --data-dir=~/x"),
+        (evaluate.parse_args, "~/x --data-dir=~/x --image=~/x --export=~/x"),
+        (plot.parse_args, "~/x --out=~/x"),
+        (bench.parse_args, "--json=~/x"),
+    ],
+)
+def test_options_that_are_paths_know_the_home_folder(parse, options, monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
-    args = parse_args(["--out=~/runs", "--data-dir=~/cifar"])
-    assert (str(args.out), str(args.data_dir)) == ("/home/me/runs", "/home/me/cifar")
-    args = evaluate.parse_args(["~/x.pt", "--data-dir=~/cifar", "--image=~/cat.jpg"])
-    paths = [*args.checkpoints, args.data_dir, *args.image]
-    assert [str(path) for path in paths] == [f"/home/me/{n}" for n in ("x.pt", "cifar", "cat.jpg")]
-    args = plot.parse_args(["~/x.json", "--out=~/pictures"])
-    assert [str(path) for path in (*args.histories, args.out)] == [
-        "/home/me/x.json",
-        "/home/me/pictures",
-    ]
-    assert str(bench.parse_args(["--json=~/cpu.json"]).json) == "/home/me/cpu.json"
-
-
-@pytest.mark.parametrize("kind", ["RMSprop", "NAdam", "Adagrad"])
-def test_any_of_pytorchs_optimisers_can_be_added(kind, monkeypatch):
-    monkeypatch.setitem(train.OPTIMIZERS, "another", getattr(torch.optim, kind))
-    args = tiny("--optimizer another --weight-decay 0.1")
-    optimizer = make_optimizer(make_model(args, data.load("shapes"), CPU, "float32"), args)
-    assert type(optimizer).__name__ == kind
-    assert optimizer.defaults["weight_decay"] == 0.1
+    assert str(parse(options.split())).count("Path('/home/me/x')") == options.count("~")
 
 
 def test_a_further_metric_of_batches_goes_into_the_history(run, monkeypatch):
