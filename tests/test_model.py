@@ -18,15 +18,11 @@ def textbook(block, images):
     return block.activation(total)
 
 
-def double_images(count, channels, size=16):
-    return torch.randn(count, channels, size, size, dtype=torch.double, requires_grad=True)
-
-
 @pytest.mark.parametrize("relu", [True, False])
 @pytest.mark.parametrize("gate", GATES)
 def test_a_block_is_the_reports_formula(gate, relu):
     block = Block(5, 7, k=3, gate=gate, relu=relu).double()
-    images = double_images(4, 5)
+    images = torch.randn(4, 5, 16, 16, dtype=torch.double)
     torch.testing.assert_close(block(images), textbook(block, images), atol=1e-10, rtol=0)
 
 
@@ -83,7 +79,7 @@ def test_the_defaults_are_the_reports_final_model():
 
 def test_batch_normalisation_is_of_the_gated_sum_before_the_relu():
     block = Block(5, 7, k=3, norm="batch").double()
-    images = double_images(4, 5)
+    images = torch.randn(4, 5, 16, 16, dtype=torch.double)
     plain = Block(5, 7, k=3, relu=False).double()
     plain.load_state_dict(block.state_dict(), strict=False)
     sums = textbook(plain, images)
