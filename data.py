@@ -58,9 +58,9 @@ class Dataset:
 
     def batches(self, size=250, seed=None, epoch=0, start=0, augment=(), share=slice(None)):
         """Yield (x, labels), normalised float32 (N, 3, 32, 32) and int64 (N,), from batch number
-        `start` on; the last batch may be smaller. With a seed every epoch has a shuffle of its own
-        and `augment` (names in AUGMENTATIONS) applies; without one the order is the data set's.
-        `share`, a slice: one process's part of every batch."""
+        `start` on; the last batch may be smaller. With a seed every epoch has a shuffle of its own,
+        without one the order is the data set's. `augment`: names in AUGMENTATIONS; `share`, a
+        slice: one process's part of every batch."""
         order, device = torch.arange(len(self)), self.images.device
         if seed is not None:
             shuffle = torch.Generator().manual_seed(derive_seed(seed, epoch))

@@ -68,14 +68,14 @@ class Block(nn.Module):
         residual=False,
     ):
         super().__init__()
-        # One convolution holds all k: initialisations depend on the fan-in, which stays the same.
+        # One convolution holds all k: initialisations depend on the fan-in, which is that of each.
         self.convs = nn.Conv2d(in_channels, k * out_channels, 3, padding=1)
         self.gate_linear = nn.Linear(in_channels, k)
         self.gate = GATES[gate]
         self.downsample = downsample
         self.pool = Pool(F.max_pool2d, 2) if downsample else nn.Identity()
         self.norm = nn.Identity()
-        if norm == "batch":  # ReLU lets the next kernels do what a scale would
+        if norm == "batch":  # its scales learned nothing of use, as in airbench (Jordan 2024)
             self.norm = nn.BatchNorm2d(out_channels)
             self.norm.weight.requires_grad_(False)
         self.activation = nn.ReLU() if relu else nn.Identity()

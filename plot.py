@@ -109,7 +109,7 @@ def tabulate(rows):
     share."""
     configs = [hyperparameters(row[0]["config"]) for row in rows]
     shared = {key for key in configs[0] if all(c.get(key) == configs[0][key] for c in configs)}
-    hidden = shared - {"arch", "k"} | {"seed"}
+    hidden = (shared - {"arch", "k"}) | {"seed"}
     lines = [COLUMNS]
     for row, config in zip(rows, configs):
         options = []
@@ -142,25 +142,27 @@ def describe_results(row):
 def draw_run(row, title):
     """Return a Figure of a row, one run or several seeds: each metric per epoch, loss per batch."""
     seeds = f", mean and range of {len(row)} seeds" if len(row) > 1 else ""
-    metrics = [key for key in row[0]["epochs"][0] if key.startswith(("train_", "val_"))]
-    names = ["loss", "accuracy"] + [key.partition("_")[2] for key in metrics]
-    names = list(dict.fromkeys(names))  # each once
+    epochs = [epoch for run in row for epoch in run["epochs"]]
+    metrics = [key for key in epochs[0] if all(key in epoch for epoch in epochs)]
+    names = [key.partition("_")[2] for key in metrics if key.startswith(("train_", "val_"))]
+    names = list(dict.fromkeys(["loss", "accuracy", *names]))  # each once
     places = [[left, right or left] for left, right in zip_longest(names[::2], names[1::2])]
     places += [["batches", "batches"]]
     figure = start_figure(title + seeds + note_unfinished(row), 0.3 + 2.6 * len(places))
     axes = figure.subplot_mosaic(places)
     for name in names:
-        draw_epochs(axes[name], row, name)
+        draw_epochs(axes[name], row, name, metrics)
     draw_batches(axes["batches"], [run["batch_losses"] for run in row])
     return figure
 
 
-def draw_epochs(axes, row, name):
-    """Draw a metric of training and validation over the epochs, grey between the two."""
+def draw_epochs(axes, row, name, metrics):
+    """Draw a metric of training and validation, what there is of it in `metrics`, over the epochs,
+    grey between the two."""
     curves = {}  # the means, by colour
     for part, (label, line, colour) in PARTS.items():
         metric = f"{part}_{name}"
-        if all(metric in epoch for run in row for epoch in run["epochs"]):
+        if metric in metrics:
             curves[colour] = draw_metric(axes, row, metric, line, colour, label)
     if len(curves) == 2:
         train, val = curves.values()

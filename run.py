@@ -88,7 +88,8 @@ class Run:
         in each process. Ends the process if the loss is NaN or infinite, or a signal came."""
         loss, correct = all_reduce(torch.stack([loss.detach(), correct])).unbind()
         for name, value in {"loss": loss, "correct": correct, **metrics}.items():
-            self.metrics.setdefault(name, []).append(torch.as_tensor(value).detach())
+            value = torch.as_tensor(value, device=loss.device).detach()
+            self.metrics.setdefault(name, []).append(value)
         self.lr, done = lr, step + 1
         if loss.is_cpu or done % LOOK_EVERY == 0 or done == len(self.batch_sizes):
             recent = torch.stack(self.metrics["loss"][-LOOK_EVERY:]).tolist()
@@ -112,8 +113,9 @@ class Run:
         metrics = {name: torch.stack(values).tolist() for name, values in self.metrics.items()}
         correct, line = metrics.pop("correct"), {"epoch": epoch + 1, "lr": self.lr}
         for name, values in metrics.items():
-            pairs = zip(values, self.batch_sizes, strict=True)
-            line[f"train_{name}"] = sum(value * size for value, size in pairs) / images
+            sizes = self.batch_sizes[-len(values) :]  # of those that were measured
+            total = sum(value * size for value, size in zip(values, sizes))
+            line[f"train_{name}"] = total / sum(sizes)
         line["train_accuracy"] = 100 * sum(correct) / images
         line |= {name: float(value) for name, value in validation.items()}
         line["seconds"] = now - self.began

@@ -4,11 +4,11 @@ python train.py --arch 64 128 256 512 --k 3 --epochs 15       # the report's fin
 python train.py --arch 16 8 4 --fc 1 --name small             # a small one
 python train.py --arch 16 8 4 --fc 1 --name small --resume    # go on where that was interrupted
 python train.py --dataset shapes --arch 16 32 --hidden 256    # needs no data set
-python train.py --holdout 5000                                # leaves the test images unseen
+python train.py --holdout 5000 --name held-out                # leaves the test images unseen
 
 The weights go to runs/NAME.pt, the history to runs/NAME.json after every epoch. About every minute,
-and when the run is stopped, runs/NAME.pt also gets all that --resume needs: kill -9 loses what came
-after it. The metrics of a run are its last epoch's.
+and when the run is stopped, runs/NAME.pt also gets all that --resume needs: kill -9 loses the work
+since. The metrics of a run are its last epoch's.
 """
 
 import argparse
@@ -50,15 +50,17 @@ def train(args, saved):
     """Train the run of these options to its last epoch, from where it was saved, if it was.
     Ends the process if it is stopped; OSError and ValueError say why it cannot begin."""
     device = choose_device(args.device)
-    # On whatever CPU, a run goes on in the precision that it began in.
+    # A run goes on in the precision that it began in, on whatever processor.
     precision = saved["precision"] if saved else choose_precision(device, args.precision)
-    amp, fast.FORM = autocast(device, precision), args.mix
+    amp = autocast(device, precision)
+    fast.FORM = args.mix  # of the blocks' sums
     train_set, validation_set = load_data(args, device)
     model = make_model(args, train_set, device, precision)
     optimizer = make_optimizer(model, args)
     criterion = nn.CrossEntropyLoss(reduction="sum", label_smoothing=args.label_smoothing)
     network = torch.compile(distribute(model)) if args.compile else distribute(model)
     info = describe_run(model, device, precision)
+    # Restores what was saved, or writes the first files.
     run = Run(args, saved, len(train_set), info, model, optimizer)
 
     first, start = run.position  # epoch and step: (0, 0), or where the run was saved
@@ -136,7 +138,7 @@ def make_optimizer(model, args):
 
 def learning_rate(args, epoch, step, steps):
     """Return the learning rate of a step, of so many in an epoch."""
-    if args.schedule == "cosine":  # epoch by epoch
+    if args.schedule == "cosine":  # epoch by epoch, as the report is read
         return args.lr * (1 + math.cos(math.pi * epoch / args.epochs)) / 2
     if args.schedule == "onecycle":  # step by step, up in a fifth of the run (Smith and Topin 2017)
         done, all_steps = epoch * steps + step, args.epochs * steps
@@ -185,7 +187,11 @@ def parse_args(argv=None):
     add("--holdout", type=natural, default=0, metavar="N", help="validate on N training images")
     add("--limit", type=positive, metavar="N", help="train on the first N images; None: all")
     names = {"nargs": "+", "action": "extend", "choices": AUGMENTATIONS, "default": []}
-    add("--augment", **names, help="random changes of the training images, in this order")
+    add(
+        "--augment",
+        **names,
+        help="random changes of the training images, in the order of this list",
+    )
 
     add = parser.add_argument_group("model").add_argument
     add("--arch", type=positive, nargs="+", metavar="C", help="output channels of each block")
@@ -273,7 +279,7 @@ def main(argv=None):
         sys.exit(f"train.py: error: {error}")
     except RuntimeError as error:
         reason = str(error).partition("\n")[0][:200]
-        if not args.compile and not any(word in reason for word in ("memory", "alloc")):
+        if not args.compile and "alloc" not in reason.lower():
             raise
         advice = "without --compile" if args.compile else "a smaller network or --batch-size"
         sys.exit(f"train.py: error: {reason}: try {advice}")

@@ -91,6 +91,14 @@ def test_batches_from_a_start_are_the_later_ones_of_the_epoch():
     torch.testing.assert_close(later, every[1:], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("augment", data.AUGMENTATIONS.values())
+def test_an_augmentation_makes_other_images_by_its_generator_alone(augment):
+    images = torch.randint(256, (50, 3, 32, 32), dtype=torch.uint8)
+    first, again, other = (augment(images, torch.Generator().manual_seed(s)) for s in (0, 0, 1))
+    assert first.dtype == torch.uint8 and first.shape == images.shape
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
 def test_a_crop_cuts_each_image_out_of_its_padded_self():
     images = torch.randint(1, 256, (300, 3, 32, 32), dtype=torch.uint8)
     cropped = data.crop(images, torch.Generator().manual_seed(0))

@@ -94,6 +94,14 @@ def test_huge_first_losses_do_not_flatten_the_others(history):
     assert batches.get_title(loc="left") == "above: up to 80"
 
 
+def test_a_metric_that_one_of_several_seeds_lacks_has_no_panel(history):
+    other = changed(history, "row4-seed1", seed=1)
+    for epoch in other["epochs"]:
+        epoch["train_grad_norm"] = 2.0
+    for row in ([history, other], [other, history]):
+        assert len(plot.draw_run(row, "row4").axes) == 3
+
+
 def test_several_seeds_are_drawn_as_their_mean_and_range(history):
     figure = plot.draw_run([history, changed(history, "row4-seed1", 47.0, seed=1)], "row4")
     accuracy = figure.axes[1]

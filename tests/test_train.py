@@ -246,6 +246,16 @@ def test_a_further_metric_of_batches_goes_into_the_history(run, monkeypatch):
     assert [epoch["train_place"] for epoch in run()["epochs"]] == pytest.approx([steps] * 2)
 
 
+def test_a_metric_that_is_new_when_a_run_goes_on_is_of_the_batches_that_have_it(
+    run, stop, monkeypatch
+):
+    stop(2)
+    log_batch = Run.log_batch
+    monkeypatch.setattr(Run, "log_batch", functools.partialmethod(log_batch, place=1.0))
+    epochs = run("--resume")["epochs"]
+    assert [epoch["train_place"] for epoch in epochs] == [1, 1]
+
+
 def test_a_network_has_as_many_outputs_as_its_data_set_has_classes(run, tmp_path, monkeypatch):
     monkeypatch.setitem(data.CLASSES, "shapes", [*data.CLASSES["shapes"], "heart", "moon"])
     run("--fc 1 --holdout 0")
