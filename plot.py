@@ -4,6 +4,7 @@ python plot.py runs/row4.json               # runs/row4.png: loss and accuracy o
 python plot.py runs/*.json                  # all of them, runs/comparison.png and runs/results.md
 python plot.py runs/row4*.json              # several seeds of a row in one picture
 python plot.py runs/row4.json --format pdf --title "Row 4 of the report"
+python plot.py runs/final.json runs/best.json --minutes     # compared over time, not over epochs
 
 Runs that differ in nothing but their seed make one row: their mean, and a band from the lowest to
 the highest. A row is of its finished runs, or if it has none of the others as far as they got. A
@@ -38,7 +39,7 @@ def draw_all(args):
         except (OSError, ValueError) as error:
             problems.append(error)
     rows = group(runs)
-    for path, name, draw, *what in list_pictures(runs, rows, args.title):
+    for path, name, draw, *what in list_pictures(runs, rows, args):
         target = (args.out or path.parent) / f"{name}.{args.format}"
         try:
             if target in drawn:
@@ -56,9 +57,9 @@ def draw_all(args):
     return problems
 
 
-def list_pictures(runs, rows, title):
+def list_pictures(runs, rows, args):
     """Yield of each picture: the history that it lies beside, its name, what draws it from what."""
-    one_title = title if len(rows) == 1 else None
+    one_title = args.title if len(rows) == 1 else None
     for row in rows:
         yield row[0]["path"], name_row(row), draw_run, row, one_title or name_row(row)
     for run in runs:
@@ -67,7 +68,8 @@ def list_pictures(runs, rows, title):
             yield run["path"], f"{run['name']}-test", draw_test, *what
             yield run["path"], f"{run['name']}-gates", draw_gates, *what
     if len(rows) > 1:
-        yield runs[0]["path"], "comparison", draw_comparison, rows, title or ""
+        compared = rows, args.title or "", args.minutes
+        yield runs[0]["path"], "comparison", draw_comparison, *compared
 
 
 def group(runs):
@@ -178,16 +180,22 @@ def draw_epochs(axes, row, name, metrics):
     axes.set(xlabel="epoch", ylabel=label)
 
 
-def draw_metric(axes, row, metric, line, colour, label):
-    """Draw a row's mean metric over the epochs, with a band over its seeds; return the means."""
+def draw_metric(axes, row, metric, line, colour, label, minutes=False):
+    """Draw a row's mean metric over the epochs, or the minutes of training and validation, with a
+    band over its seeds; return the means."""
     means, low, high = spread([[epoch[metric] for epoch in run["epochs"]] for run in row])
-    epochs = np.arange(1, len(means) + 1)
-    every = max(1, len(epochs) // 15)  # enough to tell two lines apart in grey
+    if minutes:
+        seconds, _, _ = spread([[epoch["seconds"] for epoch in run["epochs"]] for run in row])
+        x = seconds.cumsum() / 60
+        axes.set_xscale("log")
+    else:
+        x = np.arange(1, len(means) + 1)
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    every = max(1, len(x) // 15)  # enough to tell two lines apart in grey
     dots = {"markersize": 3.5, "markevery": every}
-    axes.plot(epochs, means, line, color=colour, linewidth=1.4, label=label, **dots)
+    axes.plot(x, means, line, color=colour, linewidth=1.4, label=label, **dots)
     if len(row) > 1:
-        axes.fill_between(epochs, low, high, color=colour, alpha=0.25, linewidth=0)
-    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+        axes.fill_between(x, low, high, color=colour, alpha=0.25, linewidth=0)
     return means
 
 
@@ -209,8 +217,9 @@ def draw_batches(axes, batch_losses):
     axes.set(xlabel="batch", ylabel="training loss")
 
 
-def draw_comparison(rows, title):
-    """Return a Figure of all rows: reported beside measured accuracy, accuracy over the epochs."""
+def draw_comparison(rows, title, minutes=False):
+    """Return a Figure of all rows: reported beside measured accuracy, accuracy over the epochs or
+    the minutes."""
     names = [textwrap.fill(name_row(row) + note_unfinished(row), 36) for row in rows]
     lines = sum(name.count("\n") + 1 for name in names)
     heights = 1.2 + 0.2 * lines, max(3, 0.4 + 0.15 * lines)
@@ -220,9 +229,9 @@ def draw_comparison(rows, title):
     draw_dots(dots, rows, names)
     for name, row, dash, colour in zip(names, rows, cycle(DASHES), cycle(COLOURS)):
         marker = "o" if max(len(run["epochs"]) for run in row) == 1 else ""
-        draw_metric(curves, row, "val_accuracy", marker + dash, colour, name)
+        draw_metric(curves, row, "val_accuracy", marker + dash, colour, name, minutes)
     curves.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
-    curves.set(xlabel="epoch", ylabel="validation accuracy (%)")
+    curves.set(xlabel="minutes" if minutes else "epoch", ylabel="validation accuracy (%)")
     return figure
 
 
@@ -264,6 +273,7 @@ def parse_args(argv=None):
     add("--out", type=to_path, help="folder to write to (default: that of the histories)")
     add("--format", choices=("png", "svg", "pdf"), default="png", help="of pictures (default: png)")
     add("--title", help="title, of several rows of their comparison (default: the name)")
+    add("--minutes", action="store_true", help="compare over minutes instead of epochs")
     return parser.parse_args(argv)
 
 

@@ -143,6 +143,15 @@ def test_the_comparison_shows_reported_and_measured_accuracy_of_each_row(history
     assert dots.get_yticklabels()[1].get_text() == "wide (unfinished, epoch 3 of 3)"
 
 
+def test_rows_are_compared_over_minutes(history):
+    for epoch in history["epochs"]:
+        epoch["seconds"] = 90.0
+    rows = group([history, changed(history, "wide", 70.0, arch=[32])])
+    _, curves = plot.draw_comparison(rows, "", minutes=True).axes
+    assert curves.get_xlabel() == "minutes"
+    assert list(curves.lines[0].get_xdata()) == [1.5, 3, 4.5]
+
+
 def test_the_confusion_matrix_has_counts_and_shares_of_all_classes(test):
     confusion, classes, calibration = gallery.draw_test(test, "row4").axes
     assert len(texts(confusion)) == 100
