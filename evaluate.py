@@ -12,7 +12,6 @@ are cropped to a square and shrunk, and drawn with the predictions in runs/final
 
 import argparse
 import sys
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +29,6 @@ from run import load_checkpoint, load_model, write_checkpoint
 BINS = 15  # of confidence
 WRONG = 36  # misclassified images kept
 PHOTO = 256  # pixels, the longer side of a photo as it is drawn
-warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # twice as large is an error
 
 
 def evaluate(path, args):

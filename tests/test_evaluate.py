@@ -200,12 +200,6 @@ def test_photos_are_turned_upright(tmp_path):
     assert np.array_equal(np.asarray(read), np.rot90(PHOTO, -1))
 
 
-def test_a_photo_is_read_though_pil_warns_of_its_size(tmp_path, monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 800)
-    RED.save(tmp_path / "large.png")  # of 1,200 pixels
-    assert evaluate.read_photo(tmp_path / "large.png").size == (40, 30)
-
-
 def test_the_data_set_is_looked_for_where_it_was_for_training(tmp_path, monkeypatch):
     looked, load = [], evaluate.load
     monkeypatch.setattr(evaluate, "load", lambda name, *a, **k: looked.append(a) or load(name, **k))
