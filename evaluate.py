@@ -212,8 +212,6 @@ def read_photo(path):
     """Return the image in a file, upright and over white: a PIL image of mode RGB.
     Of an animation it is the first frame. ValueError says why there is none."""
     try:
-        if not path.is_file():  # a pipe would be waited for
-            raise OSError("no file")
         with Image.open(path) as image:
             if image.mode.startswith(("I", "F")):  # PIL would clip it
                 raise ValueError("it has more than 8 bits a pixel: convert it")
