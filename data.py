@@ -71,7 +71,8 @@ class Dataset:
         generator = torch.Generator(device)
         for step, indices in list(enumerate(order.split(size)))[start:]:
             images = self.images.index_select(0, indices)  # 20 times faster than images[indices]
-            generator.manual_seed(derive_seed(seed, epoch, step, "augment"))
+            if augment:
+                generator.manual_seed(derive_seed(seed, epoch, step, "augment"))
             for name in augment:
                 images = AUGMENTATIONS[name](images, generator)
             x = images[share].float().mul_(scale).add_(shift)
@@ -87,7 +88,10 @@ def load(name, data_dir="data", train=True):
         return draw_shapes(10_000, seed=0) if train else draw_shapes(1_000, seed=1)
     cifar10 = torchvision.datasets.CIFAR10
     try:
-        loaded = cifar10(data_dir, train=train, download=True)  # if its md5 sums are not right
+        try:
+            loaded = cifar10(data_dir, train=train)
+        except RuntimeError:  # missing, or other md5 sums
+            loaded = cifar10(data_dir, train=train, download=True)
     except (RuntimeError, OSError, EOFError) as error:
         raise OSError(
             f"{data_dir}/{cifar10.base_folder} is missing or damaged, and a download failed "

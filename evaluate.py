@@ -74,19 +74,19 @@ def open_checkpoint(path, args):
 def measure(model, batches, amp, classes, tta=False):
     """Return all test metrics that a history keeps of a model on a list of batches, with `tta` also
     the accuracy and the loss that test-time augmentation gives."""
-    coefficients = {block: [] for block in model.backbone}
+    kept = {block.gate_linear: [] for block in model.backbone}
 
-    def keep(block, inputs):
-        coefficients[block].append(block.coefficients(*inputs))
+    def keep(layer, inputs, output):
+        kept[layer].append(output)
 
-    hooks = [block.register_forward_pre_hook(keep) for block in model.backbone]
+    hooks = [layer.register_forward_hook(keep) for layer in kept]
     logits, labels = (tensor.cpu() for tensor in predict(model, batches, amp))
     for hook in hooks:
         hook.remove()
     metrics = measure_predictions(logits, labels, classes)
     metrics["gates"] = [
         {"block": name, "similarity": measure_similarity(block)}
-        | measure_gate(torch.cat(coefficients[block]).cpu(), labels, classes)
+        | measure_gate(block.gate(torch.cat(kept[block.gate_linear])).cpu(), labels, classes)
         for name, block in model.backbone.named_children()
     ]
     if tta:
@@ -202,7 +202,9 @@ def export(path, target):
     checkpoint.pop("state", None)  # what resuming needs
     checkpoint["config"] |= {"data_dir": "data", "out": "runs"}
     checkpoint["precision"] = "float32"  # which every machine has
-    checkpoint["weights"] = load_model(path).half().state_dict()
+    weights = checkpoint["weights"].items()
+    halves = {name: w.half() if w.is_floating_point() else w for name, w in weights}
+    checkpoint["weights"] = halves
     target.parent.mkdir(parents=True, exist_ok=True)
     write_checkpoint(target, checkpoint)
     print(target, file=sys.stderr)
