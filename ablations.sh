@@ -55,7 +55,7 @@ run() { # run COMMAND ...: in the background, or a signal would have to wait for
     wait $!
 }
 stop() { # stop CODE: end the script that runs, then this one
-    kill $! && wait $!
+    kill $(jobs -p) 2>/dev/null && wait
     exit "$1"
 }
 trap 'stop 143' TERM
