@@ -187,11 +187,7 @@ def parse_args(argv=None):
     add("--holdout", type=natural, default=0, metavar="N", help="validate on N training images")
     add("--limit", type=positive, metavar="N", help="train on the first N images; None: all")
     names = {"nargs": "+", "action": "extend", "choices": AUGMENTATIONS, "default": []}
-    add(
-        "--augment",
-        **names,
-        help="random changes of the training images, in the order of this list",
-    )
+    add("--augment", **names, help="random changes of the training images, in the listed order")
 
     add = parser.add_argument_group("model").add_argument
     add("--arch", type=positive, nargs="+", metavar="C", help="output channels of each block")
