@@ -150,9 +150,9 @@ def initialise_he(module):
 
 @torch.no_grad()
 def initialise_whitening(block, x):
-    """Let each of a block's k sets of kernels whiten images x (N, C, H, W): half of its kernels are
-    principal components of their 3x3 patches over the standard deviations, the others minus those
-    (as in airbench, Jordan 2024). Kernels that are left over stay as they are."""
+    """Let each of a block's k sets of kernels whiten images x (N, C, H, W), and learn no more: half
+    of its kernels are principal components of their 3x3 patches over the standard deviations, the
+    others minus those (as in airbench, Jordan 2024). Kernels that are left over stay random."""
     patches = F.unfold(x, 3).transpose(1, 2).flatten(0, 1)  # (patches, 9 C)
     variances, components = torch.linalg.eigh(patches.T @ patches / len(patches))
     whitening = (components / (variances + 5e-4).sqrt()).T.flip(0)  # the largest variance first
@@ -160,6 +160,8 @@ def initialise_whitening(block, x):
         half = min(len(whitening), len(kernels) // 2)
         kernels[:half] = whitening[:half].view_as(kernels[:half])
         kernels[half : 2 * half] = -kernels[:half]
+    # A step would change most those of the largest components: they are small.
+    block.convs.requires_grad_(False)
 
 
 @torch.inference_mode()

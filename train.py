@@ -204,7 +204,7 @@ def parse_args(argv=None):
     add("--hidden", type=positive, help="units of each hidden one")
     add("--dropout", type=fraction, help="probability, after each hidden layer")
     add("--logit-scale", type=number(float, 0), help="factor of the last layer's outputs")
-    inits = "He's, PyTorch's default, or this and a first block that whitens the images"
+    inits = "He's, PyTorch's default, or this and a first block fixed to whiten the images"
     add("--init", choices=("he", "default", "whiten"), help=inits)
     parser.set_defaults(**DEFAULTS)
 

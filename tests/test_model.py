@@ -149,11 +149,13 @@ def test_multiply_accumulates_are_counted_by_hand():
 
 
 @pytest.mark.parametrize("width, whitened", [(64, 27), (16, 8)])
-def test_a_whitened_block_gives_uncorrelated_outputs_of_unit_variance(width, whitened):
+def test_a_whitened_block_gives_fixed_uncorrelated_outputs_of_unit_variance(width, whitened):
     torch.manual_seed(0)
     x = torch.randn(20, 3, 32, 32).cumsum(3)  # neighbours are alike
     block = Block(3, width, 2)
     initialise_whitening(block, x)
+    block(x).sum().backward()
+    assert block.convs.weight.grad is None and block.gate_linear.weight.grad is not None
     for kernels in block.convs.weight.chunk(2):
         outputs = F.conv2d(x, kernels).transpose(0, 1).flatten(1)
         second_moments = outputs[:whitened] @ outputs[:whitened].T / outputs.shape[1]
