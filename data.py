@@ -90,7 +90,7 @@ def load(name, data_dir="data", train=True):
     try:
         try:
             loaded = cifar10(data_dir, train=train)
-        except RuntimeError:  # missing, or other md5 sums
+        except RuntimeError:  # missing or damaged; download=True from the start sums md5 twice
             loaded = cifar10(data_dir, train=train, download=True)
     except (RuntimeError, OSError, EOFError) as error:
         raise OSError(
