@@ -40,7 +40,7 @@ ROWS = {  # of ablations.sh and recipe.sh: options of the network, batch size
     "row 2": ({"arch": [64, 128, 256], "k": 2, "fc": 1}, 128),
     "the final model": ({}, 128),
     "best": (
-        {"arch": [32, 128, 128, 256, 256, 256, 256], "k": 2, "downsample": [2, 4, 6], "fc": 1}
+        {"arch": [32, 64, 64, 256, 256, 256, 256], "k": 2, "downsample": [2, 4, 6], "fc": 1}
         | {"pool": "max", "norm": "batch", "residual": True},
         512,
     ),
