@@ -6,7 +6,7 @@
 #   bash recipe.sh best                                   # the network past the report
 #   bash recipe.sh best -- --seed 1                       # beside seed 0, as best-seed1
 #   bash recipe.sh gate-mean gate-sigmoid                 # two of the others
-#   bash recipe.sh -- --arch 16 32 32 128 128 128 128 --epochs 4   # all, at a size for two CPU cores
+#   bash recipe.sh -- --arch 16 32 32 64 64 128 128 --epochs 6     # all, at a size for two CPU cores
 #
 # The rest is as in ablations.sh.
 network="--arch 32 64 64 256 256 256 256 --downsample 2 4 6 --k 2 --fc 1 --norm batch"
