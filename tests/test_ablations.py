@@ -82,7 +82,7 @@ REPORT = {
     "gate-relu": "--gate relu",
 }
 NETWORK = (
-    "--arch 32 64 64 256 256 256 256 --downsample 2 4 6 --k 2 --fc 1 --norm batch --epochs 22 "
+    "--arch 32 64 64 256 256 256 256 --downsample 2 4 6 --k 2 --fc 1 --norm batch --epochs 21 "
     "--init default --optimizer sgd --lr 0.4 --momentum 0.9 --nesterov --batch-size 512"
 )
 PARTS = {
