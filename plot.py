@@ -188,6 +188,9 @@ def draw_metric(axes, row, metric, line, colour, label, minutes=False):
         seconds, _, _ = spread([[epoch["seconds"] for epoch in run["epochs"]] for run in row])
         x = seconds.cumsum() / 60
         axes.set_xscale("log")
+        axes.minorticks_off()
+        axes.xaxis.get_major_locator().set_params(subs=(1, 2, 5))
+        axes.xaxis.set_major_formatter("{x:g}")
     else:
         x = np.arange(1, len(means) + 1)
         axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)

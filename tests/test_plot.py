@@ -147,9 +147,14 @@ def test_rows_are_compared_over_minutes(history):
     for epoch in history["epochs"]:
         epoch["seconds"] = 90.0
     rows = group([history, changed(history, "wide", 70.0, arch=[32])])
-    _, curves = plot.draw_comparison(rows, "", minutes=True).axes
+    figure = plot.draw_comparison(rows, "", minutes=True)
+    figure.draw_without_rendering()
+    _, curves = figure.axes
     assert curves.get_xlabel() == "minutes"
     assert list(curves.lines[0].get_xdata()) == [1.5, 3, 4.5]
+    labels = {label.get_text() for label in curves.get_xticklabels(which="both")}
+    assert labels >= {"2", "3", "4"}
+    assert not any("$" in label for label in labels)
 
 
 def test_the_confusion_matrix_has_counts_and_shares_of_all_classes(test):
