@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, ended, evaluate_in
+from conftest import CIFAR10, ROOT, TINY, ended, evaluate_in, needs_cifar10
 from PIL import Image, ImageColor, ImageOps
 
 import data
 import evaluate
 import train
-from history import read_history, write_history
+from history import hyperparameters, read_history, write_history
 from model import Block, build_model
 from run import load_checkpoint, load_model
 
@@ -232,6 +232,16 @@ def test_exported_weights_are_half_as_large_and_give_the_same_accuracy(
         evaluate.main([str(path)])
         metrics.append(float(capsys.readouterr().out.split()[-1].rstrip("%")))
     assert metrics[1] == pytest.approx(metrics[0], abs=0.5)
+
+
+@needs_cifar10
+def test_the_published_weights_are_those_of_the_published_run():
+    model = load_model(ROOT / "weights" / "best.pt")
+    run = read_history(ROOT / "results" / "best" / "best.json")
+    assert hyperparameters(model.config) == hyperparameters(run["config"])
+    x, labels = next(data.load("cifar10", CIFAR10, train=False).batches(500))
+    accuracy = 100 * (model(x).argmax(1) == labels).float().mean().item()
+    assert accuracy == pytest.approx(run["test"]["accuracy"], abs=3)
 
 
 def test_several_checkpoints_are_tested_and_a_bad_one_does_not_stop_the_others(checkpoint, capsys):

@@ -321,6 +321,9 @@ def test_the_readme_has_the_figures_that_the_results_give():
             mean += f" ± {statistics.stdev(accuracies):.2f}"
         (line,) = (line for line in readme.splitlines() if line.startswith(f"| {name_row(row)} "))
         assert mean in line.split("|")[8]
+    best = read_history(ROOT / "results/best/best.json")["test"]
+    assert f"**{best['accuracy']:.2f} %**" in readme
+    assert f"{best['tta']['accuracy']:.2f} % with mirror images" in readme.replace("\n", " ")
 
 
 def test_the_backend_of_a_notebook_does_not_matter():
