@@ -314,13 +314,14 @@ def test_seeds_are_compared_by_the_same_images(history, tested):
 
 def test_the_readme_has_the_figures_that_the_results_give():
     readme = (ROOT / "README.md").read_text()
-    for row in group(map(read_history, sorted(ROOT.glob("results/rows/*")))):
-        accuracies = last_accuracies(row)
-        mean = f"{statistics.fmean(accuracies):.2f} %"
-        if len(accuracies) > 1:
-            mean += f" ± {statistics.stdev(accuracies):.2f}"
-        (line,) = (line for line in readme.splitlines() if line.startswith(f"| {name_row(row)} "))
-        assert mean in line.split("|")[8]
+    for folder, column in (("rows", 8), ("quarter", 9)):
+        for row in group(map(read_history, sorted(ROOT.glob(f"results/{folder}/*")))):
+            accuracies, name = last_accuracies(row), name_row(row)
+            mean = f"{statistics.fmean(accuracies):.2f} %"
+            if len(accuracies) > 1:
+                mean += f" ± {statistics.stdev(accuracies):.2f}"
+            (line,) = (line for line in readme.splitlines() if line.startswith(f"| {name} "))
+            assert mean in line.split("|")[column]
     best = read_history(ROOT / "results/best/best.json")["test"]
     assert f"**{best['accuracy']:.2f} %**" in readme
     assert f"{best['tta']['accuracy']:.2f} % with mirror images" in readme.replace("\n", " ")
