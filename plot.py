@@ -187,10 +187,6 @@ def draw_metric(axes, row, metric, line, colour, label, minutes=False):
     if minutes:
         seconds, _, _ = spread([[epoch["seconds"] for epoch in run["epochs"]] for run in row])
         x = seconds.cumsum() / 60
-        axes.set_xscale("log")
-        axes.minorticks_off()
-        axes.xaxis.get_major_locator().set_params(subs=(1, 2, 5))
-        axes.xaxis.set_major_formatter("{x:g}")
     else:
         x = np.arange(1, len(means) + 1)
         axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
@@ -233,6 +229,11 @@ def draw_comparison(rows, title, minutes=False):
     for name, row, dash, colour in zip(names, rows, cycle(DASHES), cycle(COLOURS)):
         marker = "o" if max(len(run["epochs"]) for run in row) == 1 else ""
         draw_metric(curves, row, "val_accuracy", marker + dash, colour, name, minutes)
+    if minutes:
+        curves.set_xscale("log")
+        curves.minorticks_off()
+        curves.xaxis.get_major_locator().set_params(subs=(1, 2, 5))
+        curves.xaxis.set_major_formatter("{x:g}")
     curves.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     curves.set(xlabel="minutes" if minutes else "epoch", ylabel="validation accuracy (%)")
     return figure
