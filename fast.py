@@ -76,6 +76,12 @@ MIXES = ("auto", *FORMS)
 #  256 to 512, 32x32, k = 3, batch 32    1699     1580      606
 #  128 to 128, 16x16, k = 2, batch 128    157      153      108
 #  256 to 256,   8x8, k = 2, batch 512    539      526      788
+# Intel Xeon without AMX in float32, two cores:
+#    8 to 4,   32x32, k = 3, batch 32     3.1      5.9      3.4
+#   16 to 8,   32x32, k = 3, batch 32     5.5      8.4      3.7
+#  256 to 512, 32x32, k = 3, batch 32    2155     2131      858
+#  128 to 128, 16x16, k = 2, batch 128    184      193      147
+#  256 to 256,   8x8, k = 2, batch 512    690      721     1147
 # H200, bfloat16: the k outputs cost more once they do not fit into its cache, 60 MB:
 #   64 to 128, 32x32, k = 3, batch 128   1.46     1.62      2.6
 #  256 to 512, 32x32, k = 3, batch 128   7.30     5.64
