@@ -1,0 +1,31 @@
+import statistics
+
+import pytest
+from conftest import ROOT
+
+from history import read_history
+from plot import group, last_accuracies, name_row
+
+
+def as_published(accuracies):
+    mean = f"{statistics.fmean(accuracies):.2f} %"
+    return mean if len(accuracies) == 1 else f"{mean} ± {statistics.stdev(accuracies):.2f}"
+
+
+@pytest.mark.parametrize("folder, column", [("rows", 8), ("quarter", 9), ("controls", 5)])
+def test_the_table_of_the_readme_has_the_figures_of_the_results(folder, column):
+    lines = (ROOT / "README.md").read_text().splitlines()
+    paths = sorted(ROOT.glob(f"results/{folder}/*"))
+    for row in group(read_history(path) | {"name": path.stem} for path in paths):
+        (line,) = (line for line in lines if line.startswith(f"| {name_row(row)} "))
+        assert as_published(last_accuracies(row)) in line.split("|")[column]
+
+
+def test_the_readme_has_the_figures_of_best():
+    text = " ".join((ROOT / "README.md").read_text().split())
+    tests = [read_history(path)["test"] for path in sorted(ROOT.glob("results/best/best*.json"))]
+    accuracies = [test["accuracy"] for test in tests]
+    mirrored = [test["tta"]["accuracy"] for test in tests]
+    assert f"{as_published(accuracies)}** of the test images" in text
+    assert f"{as_published(mirrored)} with mirror images" in text
+    assert f"weights/best.pt # {accuracies[-1]:.2f} %" in text  # seed 0's
