@@ -102,20 +102,6 @@ def load(name, data_dir="data", train=True):
     return Dataset(images, torch.tensor(loaded.targets), name)
 
 
-def load_split(name, data_dir="data", holdout=0, limit=None):
-    """Return the (training, validation) images of a data set. Validation is on the test images, or
-    on `holdout` of the training images; `limit` is how many are trained on. ValueError if there are
-    not as many."""
-    train_set = load(name, data_dir)
-    if holdout:
-        train_set, validation_set = hold_out(train_set, holdout)
-    else:
-        validation_set = load(name, data_dir, train=False)
-    if limit and limit > len(train_set):
-        raise ValueError(f"--limit {limit}: there are {len(train_set)} training images")
-    return train_set[:limit], validation_set
-
-
 def hold_out(dataset, count):
     """Split off `count` images for validation: the last of each class, the same number of each.
     Return (the rest, the held-out). ValueError if that is not possible."""

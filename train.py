@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fast
-from data import AUGMENTATIONS, CLASSES, derive_seed, load_split
+from data import AUGMENTATIONS, CLASSES, derive_seed, hold_out, load
 from device import (
     PRECISIONS,
     RANK,
@@ -98,13 +98,20 @@ def validate(model, batches, amp):
 
 
 def load_data(args, device):
-    """Return the training and validation images of the options, on the device."""
+    """Return the training and validation images of the options, on the device. Validation is on the
+    test images or on those held out. ValueError if there are not as many as are asked for."""
     if RANK > 0:
         barrier()  # the first process may have to download
-    both = load_split(args.dataset, args.data_dir, args.holdout, args.limit)
+    train_set = load(args.dataset, args.data_dir)
+    if args.holdout:
+        train_set, validation_set = hold_out(train_set, args.holdout)
+    else:
+        validation_set = load(args.dataset, args.data_dir, train=False)
     if RANK == 0:
         barrier()
-    return [images.to(device) for images in both]
+    if args.limit and args.limit > len(train_set):
+        raise ValueError(f"--limit {args.limit}: there are {len(train_set)} training images")
+    return train_set[: args.limit].to(device), validation_set.to(device)
 
 
 def make_model(args, train_set, device, precision):
@@ -187,7 +194,7 @@ def parse_args(argv=None):
     add("--holdout", type=natural, default=0, metavar="N", help="validate on N training images")
     add("--limit", type=positive, metavar="N", help="train on the first N images; None: all")
     names = {"nargs": "+", "action": "extend", "choices": AUGMENTATIONS, "default": []}
-    add("--augment", **names, help="random changes of the training images, in the listed order")
+    add("--augment", **names, help="random changes of the training images, in this order")
 
     add = parser.add_argument_group("model").add_argument
     add("--arch", type=positive, nargs="+", metavar="C", help="output channels of each block")
@@ -275,9 +282,12 @@ def main(argv=None):
         sys.exit(f"train.py: error: {error}")
     except RuntimeError as error:
         reason = str(error).partition("\n")[0][:200]
-        if not args.compile and "alloc" not in reason.lower():
+        if "alloc" in reason.lower():
+            advice = "a smaller network or --batch-size"
+        elif args.compile:
+            advice = "without --compile"
+        else:
             raise
-        advice = "without --compile" if args.compile else "a smaller network or --batch-size"
         sys.exit(f"train.py: error: {reason}: try {advice}")
     except KeyboardInterrupt:  # before the first batch
         sys.exit(130)

@@ -141,7 +141,7 @@ def test_biases_can_learn_faster_than_weights_and_do_not_decay():
 def test_label_smoothing_changes_the_training_loss_alone(run, tmp_path):
     plain = run("--fc 1")
     smooth = run("--fc 1 --label-smoothing 0.4 --overwrite")
-    train_set, _ = data.load_split("shapes", limit=100)
+    train_set = data.load("shapes")[:100]
     images, labels = next(train_set.batches(32, seed=0))
     chances = make_model(tiny("--fc 1"), train_set, CPU, "float32")(images).log_softmax(1)
     true = -chances.gather(1, labels[:, None]).mean().item()
@@ -152,7 +152,7 @@ def test_label_smoothing_changes_the_training_loss_alone(run, tmp_path):
 
 
 def test_holdout_validates_on_training_images(run):
-    _, validation_set = data.load_split("shapes", holdout=500, limit=100)
+    _, validation_set = train.load_data(tiny("--holdout 500"), CPU)
     _, held = data.hold_out(data.load("shapes"), 500)
     assert torch.equal(validation_set.images, held.images)
     accuracy = run("--holdout 500")["epochs"][-1]["val_accuracy"]
