@@ -12,9 +12,17 @@ def as_published(accuracies):
     return mean if len(accuracies) == 1 else f"{mean} ± {statistics.stdev(accuracies):.2f}"
 
 
-@pytest.mark.parametrize("folder, column", [("rows", 8), ("quarter", 9), ("controls", 5)])
-def test_the_table_of_the_readme_has_the_figures_of_the_results(folder, column):
-    lines = (ROOT / "README.md").read_text().splitlines()
+@pytest.mark.parametrize(
+    "page, folder, column",
+    [
+        ("README.md", "rows", 8),
+        ("README.md", "quarter", 9),
+        ("README.md", "controls", 5),
+        ("docs/recipe.md", "without", 2),
+    ],
+)
+def test_a_table_has_the_figures_of_the_results(page, folder, column):
+    lines = (ROOT / page).read_text().splitlines()
     paths = sorted(ROOT.glob(f"results/{folder}/*"))
     for row in group(read_history(path) | {"name": path.stem} for path in paths):
         (line,) = (line for line in lines if line.startswith(f"| {name_row(row)} "))
