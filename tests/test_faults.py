@@ -146,13 +146,18 @@ def test_a_run_needs_no_stderr(run, monkeypatch):
     assert run()["finished"]
 
 
-@pytest.mark.parametrize("option", ["--batch-size", "--compile"])
-def test_what_does_not_fit_a_machine_ends_in_a_line(run, monkeypatch, option):
-    compiled = option == "--compile"
-    error = RuntimeError("no compiler\n..." if compiled else "DefaultCPUAllocator: no memory")
-    monkeypatch.setattr(train, "predict", Mock(side_effect=error))
+@pytest.mark.parametrize(
+    "options, reason, advice",
+    [
+        ("", "DefaultCPUAllocator: no memory", "--batch-size"),
+        ("--compile", "DefaultCPUAllocator: no memory", "--batch-size"),
+        ("--compile", "no compiler\n...", "--compile"),
+    ],
+)
+def test_what_does_not_fit_a_machine_ends_in_a_line(run, monkeypatch, options, reason, advice):
+    monkeypatch.setattr(train, "predict", Mock(side_effect=RuntimeError(reason)))
     monkeypatch.setattr("torch.compile", lambda model: model)
-    assert ended(run, option if compiled else "").endswith(option)
+    assert ended(run, options).endswith(advice)
 
 
 def test_a_folder_that_vanishes_stops_a_run_with_a_line(run, tmp_path, monkeypatch):
