@@ -25,7 +25,7 @@ SHARE = slice(RANK, None, WORLD_SIZE)  # this process's images of every batch
 PRECISIONS = ("auto", "float32", "bfloat16")
 
 
-def choose_device(name="auto"):
+def choose_device(name):
     """Return the torch.device of that name, PyTorch set up for it and the other processes joined.
     "auto" is CUDA where there is one, else the CPU. ValueError if there is no such device."""
     if name == "auto":
@@ -87,10 +87,10 @@ def find_commit():
         return None
 
 
-def print0(*text):
+def print0(text):
     """Print, if this is the first process."""
     if RANK == 0:
-        print(*text, flush=True)
+        print(text, flush=True)
 
 
 def barrier():

@@ -71,7 +71,7 @@ def open_checkpoint(path, args):
     return model.to(device), device, autocast(device, precision)
 
 
-def measure(model, batches, amp, classes, tta=False):
+def measure(model, batches, amp, classes, tta):
     """Return all test metrics that a history keeps of a model on a list of batches, with `tta` also
     the accuracy and the loss that test-time augmentation gives."""
     kept = {block.gate_linear: [] for block in model.backbone}

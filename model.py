@@ -99,7 +99,7 @@ class Backbone(nn.Sequential):
     (N, 3, 32, 32) -> (N, arch[-1], size, size). The blocks whose numbers, from 1 on, are in
     `downsample` halve the images."""
 
-    def __init__(self, arch, downsample=(), **block_options):
+    def __init__(self, arch, downsample, **block_options):
         super().__init__()
         self.size = IMAGE_SIZE
         for number, (inputs, outputs) in enumerate(zip([3, *arch], arch), start=1):

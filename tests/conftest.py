@@ -31,8 +31,7 @@ RECIPE = (
     "--optimizer sgd --lr 0.1 --momentum 0.9 --nesterov --weight-decay 5e-4 --bias-lr 16"
 ).split()
 
-for slow in ("draw_shapes", "load"):  # once for all tests
-    setattr(data, slow, functools.cache(getattr(data, slow)))
+data.draw_shapes = functools.cache(data.draw_shapes)  # once for all tests
 
 needs_cifar10 = pytest.mark.skipif(
     not (CIFAR10 / "cifar-10-batches-py").is_dir(), reason=f"there is no CIFAR-10 in {CIFAR10}"

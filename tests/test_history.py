@@ -6,12 +6,6 @@ from conftest import ROOT
 from history import read_history, write_history
 
 
-def test_a_history_is_read_as_it_was_written(history, tmp_path):
-    history["test"] = {"accuracy": 1.5, "gates": [{}]}
-    write_history(tmp_path / "run.json", history)
-    assert read_history(tmp_path / "run.json") == history
-
-
 def test_a_file_has_an_epoch_a_line_and_all_batch_losses_in_one(history, tmp_path):
     write_history(tmp_path / "run.json", history)
     lines = (tmp_path / "run.json").read_text().splitlines()
@@ -22,10 +16,7 @@ def test_a_file_has_an_epoch_a_line_and_all_batch_losses_in_one(history, tmp_pat
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("results/**/*.json")), ids=lambda path: path.stem)
 def test_committed_files_are_as_they_would_be_written(path, tmp_path):
-    if path.parent.name == "bench":
-        content = json.loads(path.read_text())
-    else:
-        content = read_history(path)
-        assert all(loss == float(f"{loss:.6g}") for loss in content["batch_losses"])
+    bench = path.parent.name == "bench"
+    content = json.loads(path.read_text()) if bench else read_history(path)
     write_history(tmp_path / "again.json", content)
     assert (tmp_path / "again.json").read_text() == path.read_text()

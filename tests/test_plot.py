@@ -246,12 +246,6 @@ def test_plot_never_imports_torch():
     assert execute(sys.executable, "-c", code).returncode == 0
 
 
-def test_runs_that_differ_in_their_seed_alone_make_one_row(history):
-    runs = [history, changed(history, "row4-seed1", seed=1), changed(history, "wide", arch=[32])]
-    names = [[run["name"] for run in row] for row in group(runs)]
-    assert names == [["row4", "row4-seed1"], ["wide"]]
-
-
 def cells(*histories):
     """The cells of the table of some runs, line by line, without the header's rule."""
     lines = [line.strip("|").split("|") for line in tabulate(group(histories)).splitlines()]

@@ -1,6 +1,3 @@
-import math
-import os
-import random
 import signal
 from unittest.mock import Mock
 
@@ -9,40 +6,19 @@ from conftest import RECIPE, ended, ending, files, without_times
 
 import evaluate
 import train
-from fast import MIXES
 from history import read_history
-from model import GATES
 from run import Run, load_checkpoint
 
-
-def draw_options(number):
-    """Options at random, whatever can be combined, and some number of batches of such a run."""
-    chance = random.Random(number)
-    pick = chance.choice
-    options = ["--gate", pick(list(GATES))]
-    options += ["--arch", *map(str, chance.choices([4, 8, 17], k=chance.randint(1, 4)))]
-    options += ["--k", pick("123"), "--fc", pick("123"), "--pool", pick(["avg", "adaptive", "max"])]
-    options += ["--init", pick(["he", "default", "whiten"]), "--mix", pick(MIXES)]
-    options += ["--batch-size", batch_size := pick(["7", "32", "100"])]
-    options += ["--holdout", pick(["0", "500"])]
-    options += ["--schedule", pick(["cosine", "onecycle", "none"])]
-    options += ["--precision", pick(["float32", "bfloat16"]), "--dropout", pick(["0", "0.5"])]
-    sgd = "--optimizer sgd --lr 0.05 --momentum 0.9 --nesterov"
-    options.append(pick(["", "--optimizer adam", sgd]))
-    flags = "--norm batch,--downsample 1,--residual,--label-smoothing 0.1,--bias-lr 4"
-    flags += ",--no-block-relu,--augment crop,--augment flip"
-    options += [flag for flag in flags.split(",") if chance.random() < 0.4]
-    return " ".join(options), chance.randint(1, 2 * math.ceil(100 / int(batch_size)))
-
-
-NETWORKS = {"report": "", "recipe": " ".join(RECIPE), "bfloat16": "--precision bfloat16"}
+NETWORKS = {
+    "report": "--augment crop flip",
+    "recipe": " ".join(RECIPE),
+    "others": "--k 3 --mix inputs --batch-size 24 --holdout 500 --schedule none --optimizer adam",
+}
 INTERRUPTED = {  # within an epoch, at its end, in validation, after the first epoch
-    f"{name}, batch {batches}": (f"--augment crop flip {options} --epochs 3", batches)
+    f"{name}, batch {batches}": (f"{options} --epochs 3", batches)
     for name, options in NETWORKS.items()
     for batches in (2, 4, 6, 13)
 }
-for number in range(int(os.environ.get("COMBINATIONS", 6))):
-    INTERRUPTED[f"combination {number}"] = draw_options(number)
 
 
 @pytest.mark.parametrize("options, batches", INTERRUPTED.values(), ids=INTERRUPTED)
@@ -50,11 +26,8 @@ def test_an_interrupted_run_goes_on_to_the_same_end(run, stop, tmp_path, options
     run(options)
     whole = ending(tmp_path)
     assert stop(batches, options, "--overwrite") == 128 + 15
-    assert "state" in load_checkpoint(tmp_path / "run.pt")
-    resumed = run(options, "--resume")
+    run(options, "--resume")
     assert ending(tmp_path) == whole
-    longer = resumed["config"]["schedule"] == "none"  # may be asked for
-    assert ("state" in load_checkpoint(tmp_path / "run.pt")) == longer
 
 
 def test_a_signal_that_comes_while_processes_agree_is_not_lost(run, monkeypatch):
@@ -87,10 +60,8 @@ def test_a_run_without_a_schedule_can_be_given_more_epochs(run):
     [
         (None, "", "go on with it by --resume, replace it by --overwrite"),
         (None, "--resume --k 3", "made with other options, k 2 (now 3)"),
-        (None, "--resume --dataset cifar10", "dataset shapes (now cifar10)"),
         (None, "--resume --epochs 3", "epochs 2 (now 3)"),
         ("run.pt", "--resume", "run.pt is gone"),
-        ("run.json", "--resume --lr 7", "run.pt was made with other options, lr 0.001 (now 7"),
     ],
 )
 def test_what_is_there_of_a_run_is_never_lost(run, tmp_path, refused, lost, now, message):
@@ -137,15 +108,13 @@ def test_an_unfinished_run_can_be_tested(stop, tmp_path, capsys):
     assert "run.json is not there, not finished or of other weights" in output.err
 
 
-def test_a_resumed_run_keeps_the_environment_of_its_last_start(run, stop, tmp_path, monkeypatch):
+def test_a_resumed_run_keeps_the_environment_of_its_last_start(run, stop, monkeypatch):
     stop(2, "--reported 40")
     another = {"device": "another", "precision": "float32"}
     monkeypatch.setattr(train, "describe_environment", lambda *_: another)
     history = run("--resume --reported 50")
     assert history["reported"] == [50]
     assert history["environment"]["device"] == "another"
-    assert ended(run, "--resume") == 0
-    assert read_history(tmp_path / "run.json")["reported"] == [50]
 
 
 def test_a_reported_figure_that_is_not_given_again_is_not_lost(run, stop):
@@ -183,22 +152,21 @@ def test_a_run_that_was_killed_before_anything_was_saved_begins_again(run, kill,
     assert without_times(run("--resume")) == whole
 
 
-@pytest.mark.parametrize("wrong", ["--device cuda:99", "--limit 99999", "--arch 4000000000"])
-def test_an_overwrite_that_cannot_begin_leaves_everything(run, tmp_path, wrong):
+def test_an_overwrite_that_cannot_begin_leaves_everything(run, tmp_path):
     run()
     before = files(tmp_path)
-    ended(run, "--overwrite", wrong)
+    assert "a smaller network" in ended(run, "--overwrite --arch 2000000000 2000000000")
     assert files(tmp_path) == before
 
 
-@pytest.mark.parametrize("method", ["_write_checkpoint", "_write_history"])
-def test_a_killed_overwrite_never_mixes_two_runs(run, kill, tmp_path, method):
+@pytest.mark.parametrize(
+    "method, kept, other", [("_write_checkpoint", 0.001, 0.1), ("_write_history", 0.1, 0.001)]
+)
+def test_a_killed_overwrite_never_mixes_two_runs(run, kill, tmp_path, method, kept, other):
     run()
     kill(method, "--lr 0.1 --overwrite")
     assert set(files(tmp_path)) == {"run.pt"}
-    before, now = ("0.001", "0.1") if method == "_write_checkpoint" else ("0.1", "0.001")
-    other = "" if method == "_write_history" else "--lr 0.1"
-    assert f"lr {before} (now {now})" in ended(run, other, "--resume")
+    assert f"lr {kept} (now {other})" in ended(run, f"--lr {other} --resume")
 
 
 def test_a_kill_at_the_very_end_repeats_nothing(run, tmp_path, monkeypatch):

@@ -1,12 +1,13 @@
 import functools
 import io
 import math
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY, evaluate_in, files, needs_cifar10, weights, without_times
-from torch.optim import SGD, Adagrad, Adam, AdamW, NAdam, RMSprop
+from torch.optim import SGD, Adagrad, Adam, AdamW, RMSprop
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import bench
@@ -15,7 +16,6 @@ import evaluate
 import plot
 import train
 from history import read_history
-from model import GATES
 from run import Run, load_checkpoint
 from train import make_model, make_optimizer, parse_args
 
@@ -58,6 +58,15 @@ def test_the_training_loss_of_an_epoch_is_the_mean_over_its_images(run):
     assert history["epochs"][0]["train_loss"] == pytest.approx(total / 100)
 
 
+def test_every_epoch_has_a_shuffle_of_its_own_and_the_accuracy_of_its_images(run):
+    history = run("--lr 0 --dropout 0")  # the network stays as it began
+    train_set = data.load("shapes")[:100]
+    x, labels = next(train_set.batches(100))
+    correct = make_model(tiny("--dropout 0"), train_set, CPU, "float32")(x).argmax(1) == labels
+    assert [epoch["train_accuracy"] for epoch in history["epochs"]] == [correct.sum()] * 2
+    assert set(history["batch_losses"][:4]).isdisjoint(history["batch_losses"][4:])
+
+
 def test_the_same_seed_gives_the_same_history_and_another_seed_another(run, tmp_path):
     first = without_times(run("--augment crop flip"))
     again = without_times(run("--augment crop flip --overwrite"))
@@ -90,14 +99,12 @@ def test_onecycle_warms_up_in_a_fifth_of_the_run_and_comes_down_batch_by_batch(r
         ("--optimizer sgd", SGD, {"weight_decay": 0, "momentum": 0}),
         ("--optimizer sgd --momentum 0.9 --nesterov", SGD, {"momentum": 0.9, "nesterov": True}),
         ("--optimizer another --weight-decay 0.1", RMSprop, {"weight_decay": 0.1}),
-        ("--optimizer another --weight-decay 0.1", NAdam, {"weight_decay": 0.1}),
         ("--optimizer another --weight-decay 0.1", Adagrad, {"weight_decay": 0.1}),
     ],
 )
 def test_optimisers_are_pytorchs_with_its_defaults(options, kind, expected, monkeypatch):
     monkeypatch.setitem(train.OPTIMIZERS, "another", kind)  # any of them can be added
-    args = tiny(options)
-    optimizer = make_optimizer(make_model(args, data.load("shapes"), CPU, "float32"), args)
+    optimizer = make_optimizer(torch.nn.Linear(1, 1), tiny(options))
     assert type(optimizer) is kind
     assert expected.items() <= optimizer.defaults.items()
 
@@ -106,15 +113,13 @@ def test_optimisers_are_pytorchs_with_its_defaults(options, kind, expected, monk
     "option, first",
     [
         ("--init whiten", 0),
+        ("--no-block-relu", 0),
         ("--norm batch", 0),
         ("--downsample 2", 0),
         ("--residual", 0),
         ("--pool max", 0),
         ("--logit-scale 0.5", 0),
         ("--augment crop", 0),
-        ("--label-smoothing 0.1", 0),
-        ("--schedule onecycle", 1),
-        ("--nesterov", 1),
         ("--bias-lr 2", 1),
     ],
 )
@@ -151,12 +156,10 @@ def test_label_smoothing_changes_the_training_loss_alone(run, tmp_path):
     assert smooth["epochs"][-1]["val_loss"] == pytest.approx(evaluate_in(tmp_path)["loss"])
 
 
-def test_holdout_validates_on_training_images(run):
-    _, validation_set = train.load_data(tiny("--holdout 500"), CPU)
-    _, held = data.hold_out(data.load("shapes"), 500)
-    assert torch.equal(validation_set.images, held.images)
-    accuracy = run("--holdout 500")["epochs"][-1]["val_accuracy"]
-    assert accuracy * 5 == pytest.approx(round(accuracy * 5))  # of 500 images
+def test_holdout_validates_on_training_images_and_trains_on_the_others():
+    sets = train.load_data(tiny("--holdout 500 --limit 9500"), CPU)
+    for images, expected in zip(sets, data.hold_out(data.load("shapes"), 500)):
+        assert torch.equal(images.images, expected.images)
 
 
 @pytest.mark.parametrize(
@@ -170,12 +173,6 @@ def test_a_network_learns(run, monkeypatch, options, least):
     monkeypatch.chdir(ROOT)
     history = run(options, "--k 3 --fc 1 --init default --batch-size 64 --lr 0.005 --epochs 1")
     assert history["epochs"][-1]["val_accuracy"] > least
-
-
-@pytest.mark.parametrize("gate", GATES)
-def test_the_loss_falls_with_every_gate(run, gate):
-    epochs = run(f"--gate {gate} --lr 0.01 --epochs 4 --fc 1")["epochs"]
-    assert epochs[-1]["train_loss"] < epochs[0]["train_loss"]
 
 
 def test_bfloat16_gives_nearly_the_same_losses(run):
@@ -216,8 +213,10 @@ def test_a_compiled_network_has_the_losses_of_the_others(run, monkeypatch):
     options = "--arch 8 8 --fc 1 --limit 256 --batch-size 128"
     plain = run(options)["batch_losses"]
     # All of torch.compile but the compiler, which takes half a minute.
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    compile = Mock(side_effect=functools.partial(torch.compile, backend="aot_eager"))
+    monkeypatch.setattr(torch, "compile", compile)
     compiled = run(options, "--compile --overwrite")["batch_losses"]
+    assert compile.called
     assert compiled == pytest.approx(plain, rel=1e-4)
 
 
