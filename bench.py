@@ -25,9 +25,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import fast
+import train
+from data import Dataset
 from device import autocast, choose_device, choose_precision, describe_environment
 from history import to_path, write_history
-from model import Block, build_model
+from model import Block
 
 TURNS = 5
 SHAPES = (  # of a block: channels in and out, pixels of a side, k
@@ -35,15 +37,12 @@ SHAPES = (  # of a block: channels in and out, pixels of a side, k
     *((8, 4, 32, 3), (16, 8, 32, 3)),  # of row 4
     *((64, 128, 32, 2), (128, 128, 16, 2), (256, 256, 8, 2), (512, 512, 4, 2)),
 )
-ROWS = {  # of ablations.sh and recipe.sh: options of the network, batch size
-    "row 4": ({"arch": [16, 8, 4], "fc": 1}, 128),
-    "row 2": ({"arch": [64, 128, 256], "k": 2, "fc": 1}, 128),
-    "the final model": ({}, 128),
-    "best": (
-        {"arch": [32, 64, 64, 256, 256, 256, 256], "k": 2, "downsample": [2, 4, 6], "fc": 1}
-        | {"pool": "max", "norm": "batch", "residual": True},
-        512,
-    ),
+ROWS = {  # of ablations.sh and recipe.sh: options of train.py, less those of the optimiser
+    "row 4": "--arch 16 8 4 --fc 1",
+    "row 2": "--arch 64 128 256 --k 2 --fc 1",
+    "the final model": "",
+    "best": "--arch 32 64 64 256 256 256 256 --downsample 2 4 6 --k 2 --fc 1 --norm batch "
+    "--init whiten --batch-size 512 --residual --pool max --logit-scale 0.125",
 }
 
 
@@ -55,6 +54,7 @@ class TextbookBlock(nn.Module):
         inputs, k = block.convs.in_channels, block.gate_linear.out_features
         outputs = block.convs.out_channels // k
         self.convs = nn.ModuleList(nn.Conv2d(inputs, outputs, 3, padding=1) for _ in range(k))
+        self.convs.requires_grad_(block.convs.weight.requires_grad)  # whitening kernels are fixed
         self.gate_linear = nn.Linear(inputs, k)
         self.pool, self.norm, self.residual = block.pool, block.norm, block.residual
 
@@ -139,26 +139,22 @@ def build_product(macs, device, precision):
     return lambda: left @ right
 
 
-def build_training(row, device, precision, textbook=False):
-    """Return a function that trains the network of a row by one step on random images."""
-    options, batch = ROWS[row]
+def build_training(args, device, precision, textbook=False):
+    """Return a function that does a training step of train.py's options on random images."""
     if not textbook:
         choose_device(str(device))  # keeps memory
-    torch.manual_seed(0)
-    model = build_model(options)
+    images = torch.randint(256, (1_000, 3, 32, 32), dtype=torch.uint8)
+    train_set = Dataset(images, torch.randint(10, (1_000,)), args.dataset)
+    model = train.make_model(args, train_set, device, precision)
     if textbook:
-        model.backbone = nn.Sequential(*map(TextbookBlock, model.backbone))
-    else:
-        model.to(memory_format=fast.memory_format(device, precision))
-    model.to(device)
+        model.backbone = nn.Sequential(*map(TextbookBlock, model.backbone)).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), fused=device.type == "cuda" or not textbook)
-    images = torch.randn(batch, 3, 32, 32, device=device)
-    labels = torch.randint(10, (batch,), device=device)
+    x, labels = next(train_set.to(device).batches(args.batch_size))
 
     def step():
         optimizer.zero_grad()
         with autocast(device, precision):
-            loss = F.cross_entropy(model(images), labels)
+            loss = F.cross_entropy(model(x), labels)
         loss.backward()
         optimizer.step()
         return loss.detach()
@@ -186,11 +182,13 @@ def list_forms(device, precision):
 
 def list_steps(device, precision):
     """Yield each row, and functions that build its training step, ours and then the textbook's."""
-    for row, (_, batch) in ROWS.items():
-        forms = {f"ours, {precision}": partial(build_training, row, device, precision)}
+    for row, options in ROWS.items():
+        args = train.parse_args(options.split())
+        build = partial(build_training, args, device)
+        forms = {f"ours, {precision}": partial(build, precision)}
         for other in sorted({precision, "float32"}):
-            forms[f"textbook, {other}"] = partial(build_training, row, device, other, textbook=True)
-        yield f"training step of {row}, batch {batch}", forms
+            forms[f"textbook, {other}"] = partial(build, other, textbook=True)
+        yield f"training step of {row}, batch {args.batch_size}", forms
 
 
 PARTS = {"form": list_forms, "step": list_steps}

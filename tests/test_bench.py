@@ -7,6 +7,7 @@ import torch
 
 import bench
 import fast
+import train
 from model import Block
 
 CPU = torch.device("cpu")
@@ -73,10 +74,10 @@ def test_the_results_are_written_as_json(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("textbook", [False, True])
-def test_a_training_step_trains(monkeypatch, textbook):
-    options = {"arch": [4, 4, 8], "fc": 1, "norm": "batch", "downsample": [2], "residual": True}
-    monkeypatch.setattr(bench, "ROWS", {"tiny": (options, 8)})
-    step = bench.build_training("tiny", CPU, "float32", textbook)
+def test_a_training_step_trains(textbook):
+    options = "--arch 4 4 8 --fc 1 --norm batch --downsample 2 --residual --init whiten"
+    args = train.parse_args([*options.split(), "--batch-size", "8"])
+    step = bench.build_training(args, CPU, "float32", textbook)
     losses = [step() for _ in range(20)]
     assert losses[-1] < losses[0]
 
