@@ -19,6 +19,7 @@ def as_published(accuracies):
         ("README.md", "quarter", 9),
         ("README.md", "controls", 5),
         ("docs/recipe.md", "without", 2),
+        ("docs/recipe.md", "wider", 4),
     ],
 )
 def test_a_table_has_the_figures_of_the_results(page, folder, column):
