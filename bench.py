@@ -38,8 +38,8 @@ SHAPES = (  # of a block: channels in and out, pixels of a side, k
     *((64, 128, 32, 2), (128, 128, 16, 2), (256, 256, 8, 2), (512, 512, 4, 2)),
 )
 ROWS = {  # of ablations.sh and recipe.sh: options of train.py, less those of the optimiser
-    "row 4": "--arch 16 8 4 --fc 1",
-    "row 2": "--arch 64 128 256 --k 2 --fc 1",
+    "row 4": "--arch 16 8 4 --fc 1 --init default",
+    "row 2": "--arch 64 128 256 --k 2 --fc 1 --init default",
     "the final model": "",
     "best": "--arch 32 64 64 256 256 256 256 --downsample 2 4 6 --k 2 --fc 1 --norm batch "
     "--init whiten --batch-size 512 --residual --pool max --logit-scale 0.125",
@@ -143,6 +143,7 @@ def build_training(args, device, precision, textbook=False):
     """Return a function that does a training step of train.py's options on random images."""
     if not textbook:
         choose_device(str(device))  # keeps memory
+    torch.manual_seed(args.seed)
     images = torch.randint(256, (1_000, 3, 32, 32), dtype=torch.uint8)
     train_set = Dataset(images, torch.randint(10, (1_000,)), args.dataset)
     model = train.make_model(args, train_set, device, precision)

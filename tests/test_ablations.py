@@ -5,6 +5,8 @@ import sys
 import pytest
 from conftest import ROOT, execute
 
+import bench
+from model import DEFAULTS
 from train import parse_args
 
 # A stand-in for python: notes its arguments, and leaves what the real scripts would.
@@ -173,6 +175,14 @@ def test_the_recipe_is_trained_and_each_part_left_out_and_other_gates(replay, tm
     rows |= {f"k{k}": f"{everything} --k {k}" for k in (1, 3)}
     rows |= {f"gate-{gate}": f"{everything} --gate {gate}" for gate in ("mean", "sigmoid")}
     assert trained(calls) == expected(rows, *common, "--resume")
+
+
+def test_bench_times_the_networks_of_the_rows():
+    best = " ".join([NETWORK, *PARTS.values()])
+    rows = (REPORT["row4"], REPORT["row2"], REPORT["final"], best)
+    for row, timed in zip(rows, bench.ROWS.values(), strict=True):
+        expected, options = (vars(parse_args(o.split())) for o in (f"{FINAL} {row}", timed))
+        assert all(options[name] == expected[name] for name in (*DEFAULTS, "batch_size"))
 
 
 def test_a_failing_row_does_not_stop_the_others_and_is_named(replay):

@@ -99,6 +99,11 @@ def compressed(path):
         archive.writestr("more", "text")
 
 
+def flipped(path):
+    other_program(path)
+    path.write_bytes(path.read_bytes().replace(b"state_dict", b"State_dict"))  # one bit
+
+
 def of(config, **weights):
     more = {"format": FORMAT, "precision": "float32", "history": "{}"}
     return lambda path: torch.save({"config": config, "weights": weights} | more, path)
@@ -109,6 +114,7 @@ def of(config, **weights):
     [
         (other_program, PART),
         (compressed, "is compressed or a folder"),
+        (flipped, "a checksum does not match"),
         (older, "its format is 'gated multi-convolution checkpoint 2', now it is"),
         (lambda path: None, "No such file"),
         (
@@ -126,13 +132,14 @@ def test_a_wrong_checkpoint_is_refused(write, message, places, refused):
     assert message in line
 
 
-def test_a_pickle_that_would_run_code_is_refused_and_does_not(places, refused):
+@pytest.mark.parametrize("as_zip", [True, False])
+def test_a_pickle_that_would_run_code_is_refused_and_does_not(places, refused, as_zip):
     class Hostile:
         def __reduce__(self):  # as it is loaded without care, a file is created
             return Path.touch, (places / "ran",)
 
     checkpoint = {"format": FORMAT, "config": Hostile()}
-    torch.save(checkpoint, "run.pt")
+    torch.save(checkpoint, "run.pt", _use_new_zipfile_serialization=as_zip)
     assert "run.pt is not a whole checkpoint" in refused(evaluate.main, ["run.pt"])
     assert not (places / "ran").exists()
 

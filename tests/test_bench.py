@@ -76,7 +76,7 @@ def test_the_results_are_written_as_json(monkeypatch, tmp_path):
 @pytest.mark.parametrize("textbook", [False, True])
 def test_a_training_step_trains(textbook):
     options = "--arch 4 4 8 --fc 1 --norm batch --downsample 2 --residual --init whiten"
-    args = train.parse_args([*options.split(), "--batch-size", "8"])
+    args = train.parse_args(f"{options} --batch-size 8".split())
     step = bench.build_training(args, CPU, "float32", textbook)
     losses = [step() for _ in range(20)]
     assert losses[-1] < losses[0]

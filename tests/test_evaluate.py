@@ -47,6 +47,7 @@ def test_the_test_metrics_are_those_of_the_last_epoch(evaluated):
     last = evaluated.history["epochs"][-1]
     assert evaluated.test["accuracy"] == pytest.approx(last["val_accuracy"])
     assert evaluated.test["loss"] == pytest.approx(last["val_loss"])
+    assert evaluated.history["finished"] is True
 
 
 @pytest.mark.parametrize("change", [{}, {"config": {"holdout": 500}}, {"finished": False}], ids=str)

@@ -17,7 +17,7 @@ import data
 import run as run_module
 import train
 from history import read_history
-from run import claim
+from run import claim, load_checkpoint
 
 OPTIONS = [*TINY, *"--name run --limit 120 --batch-size 8 --epochs 3 --augment crop flip".split()]
 
@@ -51,10 +51,11 @@ def finish(process, seconds=60):
     return process.exitcode
 
 
-def killed(process, delay):
-    """Kill a process after some seconds and wait for its end; whether it was still there."""
+def killed(process, delay, kind):
+    """Send a process a signal after some seconds, wait for its end; whether it was still there."""
     alive = finish(process, delay) is None
-    process.kill()
+    if alive:
+        os.kill(process.pid, kind)
     finish(process)
     return alive
 
@@ -73,12 +74,15 @@ def whole(tmp_path_factory):
 def test_a_killed_run_goes_on_to_the_same_end(whole, tmp_path, number):
     expected, seconds = whole
     chance = random.Random(number)
+    kind = chance.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
     delay = chance.uniform(0.1, 0.9) * seconds
-    while not killed(start(tmp_path, "--overwrite"), delay):
+    while not killed(start(tmp_path, "--overwrite"), delay, kind):
         delay /= 2  # it had finished
-    killed(start(tmp_path, "--resume"), chance.uniform(0.1, 0.9) * seconds)
+    killed(start(tmp_path, "--resume"), chance.uniform(0.1, 0.9) * seconds, kind)
     if (tmp_path / "run.json").exists():
         read_history(tmp_path / "run.json")  # whole, whenever the process died
+    if (tmp_path / "run.pt").exists():
+        load_checkpoint(tmp_path / "run.pt")
     assert finish(start(tmp_path, "--resume")) == 0
     assert ending(tmp_path) == expected
 
@@ -93,6 +97,7 @@ def test_a_signal_saves_the_state_and_says_how_to_go_on(whole, tmp_path, kind, c
     (line,) = (tmp_path / "stderr").read_text().splitlines()
     go_on = "go on with python train.py --name 'my run' --resume"
     assert line == f"train.py: {kind.name}: {go_on}"
+    assert "state" in load_checkpoint(tmp_path / "run.pt")
     assert finish(start(tmp_path, "--resume")) == 0
     assert ending(tmp_path) == whole[0]
 
@@ -144,6 +149,7 @@ def test_a_run_needs_no_stderr(run, monkeypatch):
 @pytest.mark.parametrize(
     "options, reason, advice",
     [
+        ("", "DefaultCPUAllocator: no memory", "--batch-size"),
         ("--compile", "DefaultCPUAllocator: no memory", "--batch-size"),
         ("--compile", "no compiler\n...", "--compile"),
     ],

@@ -18,5 +18,7 @@ def test_a_file_has_an_epoch_a_line_and_all_batch_losses_in_one(history, tmp_pat
 def test_committed_files_are_as_they_would_be_written(path, tmp_path):
     bench = path.parent.name == "bench"
     content = json.loads(path.read_text()) if bench else read_history(path)
+    losses = content.get("batch_losses", [])
+    assert all(loss == float(f"{loss:.6g}") for loss in losses)
     write_history(tmp_path / "again.json", content)
     assert (tmp_path / "again.json").read_text() == path.read_text()

@@ -26,8 +26,11 @@ def test_an_interrupted_run_goes_on_to_the_same_end(run, stop, tmp_path, options
     run(options)
     whole = ending(tmp_path)
     assert stop(batches, options, "--overwrite") == 128 + 15
-    run(options, "--resume")
+    assert "state" in load_checkpoint(tmp_path / "run.pt")
+    resumed = run(options, "--resume")
     assert ending(tmp_path) == whole
+    longer = resumed["config"]["schedule"] == "none"  # may be asked for
+    assert ("state" in load_checkpoint(tmp_path / "run.pt")) == longer
 
 
 def test_a_signal_that_comes_while_processes_agree_is_not_lost(run, monkeypatch):
@@ -62,6 +65,7 @@ def test_a_run_without_a_schedule_can_be_given_more_epochs(run):
         (None, "--resume --k 3", "made with other options, k 2 (now 3)"),
         (None, "--resume --epochs 3", "epochs 2 (now 3)"),
         ("run.pt", "--resume", "run.pt is gone"),
+        ("run.json", "--resume --lr 7", "run.pt was made with other options, lr 0.001 (now 7"),
     ],
 )
 def test_what_is_there_of_a_run_is_never_lost(run, tmp_path, refused, lost, now, message):

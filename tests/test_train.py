@@ -213,10 +213,10 @@ def test_a_compiled_network_has_the_losses_of_the_others(run, monkeypatch):
     options = "--arch 8 8 --fc 1 --limit 256 --batch-size 128"
     plain = run(options)["batch_losses"]
     # All of torch.compile but the compiler, which takes half a minute.
-    compile = Mock(side_effect=functools.partial(torch.compile, backend="aot_eager"))
-    monkeypatch.setattr(torch, "compile", compile)
+    compiler = Mock(side_effect=functools.partial(torch.compile, backend="aot_eager"))
+    monkeypatch.setattr(torch, "compile", compiler)
     compiled = run(options, "--compile --overwrite")["batch_losses"]
-    assert compile.called
+    assert compiler.called
     assert compiled == pytest.approx(plain, rel=1e-4)
 
 
