@@ -142,6 +142,10 @@ class Run:
         try:
             self.model.load_state_dict(saved["weights"])
             self.optimizer.load_state_dict(saved["state"]["optimizer"])
+            for parameter, state in self.optimizer.state.items():
+                for name, value in state.items():  # a fused step takes both to lie in memory alike
+                    if torch.is_tensor(value) and value.shape == parameter.shape:
+                        state[name] = torch.empty_like(parameter).copy_(value)
             kept = json.loads(saved["history"])
             self.history |= {name: kept[name] for name in ("epochs", "batch_losses")}
             self.history["reported"] = self.args.reported or kept["reported"]
@@ -320,6 +324,7 @@ def load_model(path):
             model = build_model(config, len(classes))
         model.classes, model.config, model.precision = classes, config, precision
         model.load_state_dict(checkpoint["weights"], assign=True)
+        model.to(memory_format=torch.contiguous_format)  # a GPU's has channels together
         model.float().requires_grad_(False).eval()(torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE))
     except Exception as error:  # a config can hold anything
         what = f"{path}: its weights do not fit its options ({explain(error)})"

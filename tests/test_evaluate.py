@@ -14,6 +14,7 @@ from PIL import Image, ImageColor, ImageOps
 
 import data
 import evaluate
+import fast
 import train
 from history import hyperparameters, read_history, write_history
 from model import Block, build_model
@@ -67,6 +68,14 @@ def test_a_test_is_in_the_precision_of_training_unless_another_is_given(run, tmp
     assert losses[0] == pytest.approx(losses[1], rel=0.02) and losses[0] != losses[1]
     validation = read_history(tmp_path / "run.json")["epochs"][-1]["val_loss"]
     assert losses[0] == pytest.approx(validation)
+
+
+def test_a_run_of_a_gpu_whose_channels_are_together_is_tested_as_others(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(fast, "memory_format", lambda device, precision: torch.channels_last)
+    last = run()["epochs"][-1]
+    assert evaluate_in(tmp_path)["accuracy"] == pytest.approx(last["val_accuracy"])
+    model = load_model(tmp_path / "run.pt")
+    assert all(weights.is_contiguous() for weights in model.parameters())
 
 
 @pytest.mark.parametrize("change", [{"epochs": []}, {"finished": False}, {"config": {"lr": 1}}])

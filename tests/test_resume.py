@@ -2,9 +2,11 @@ import signal
 from unittest.mock import Mock
 
 import pytest
+import torch
 from conftest import RECIPE, ended, ending, files, without_times
 
 import evaluate
+import fast
 import train
 from history import read_history
 from run import Run, load_checkpoint
@@ -14,6 +16,7 @@ NETWORKS = {
     "recipe": " ".join(RECIPE),
     "others": "--k 3 --mix inputs --batch-size 24 --holdout 500 --schedule none --optimizer adam",
 }
+LAYOUTS = torch.contiguous_format, torch.channels_last  # of CPUs, of GPUs
 INTERRUPTED = {  # within an epoch, at its end, in validation, after the first epoch
     f"{name}, batch {batches}": (f"{options} --epochs 3", batches)
     for name, options in NETWORKS.items()
@@ -31,6 +34,14 @@ def test_an_interrupted_run_goes_on_to_the_same_end(run, stop, tmp_path, options
     assert ending(tmp_path) == whole
     longer = resumed["config"]["schedule"] == "none"  # may be asked for
     assert ("state" in load_checkpoint(tmp_path / "run.pt")) == longer
+
+
+@pytest.mark.parametrize("layouts", [LAYOUTS, LAYOUTS[::-1]], ids=str)
+def test_a_run_goes_on_where_tensors_lie_in_memory_otherwise(run, stop, monkeypatch, layouts):
+    whole, layouts = run()["batch_losses"], iter(layouts)
+    monkeypatch.setattr(fast, "memory_format", lambda device, precision: next(layouts))
+    assert stop(2, "--overwrite") == 128 + 15
+    assert run("--resume")["batch_losses"] == pytest.approx(whole, rel=1e-4)
 
 
 def test_a_signal_that_comes_while_processes_agree_is_not_lost(run, monkeypatch):
