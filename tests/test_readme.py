@@ -30,6 +30,27 @@ def test_a_table_has_the_figures_of_the_results(page, folder, column):
         assert as_published(last_accuracies(row)) in line.split("|")[column]
 
 
+def accuracies_at_a_quarter(what):
+    """Of "row3", "row3 at epoch 15" or "10", the report's chance."""
+    if what.isdigit():
+        return [float(what)] * 3
+    name, _, epoch = what.partition(" at epoch ")
+    paths = [ROOT / f"results/quarter/{name}{seed}.json" for seed in ("", "-seed1", "-seed2")]
+    return [read_history(path)["epochs"][int(epoch or 0) - 1]["val_accuracy"] for path in paths]
+
+
+def test_the_claims_of_the_report_are_held_against_the_results():
+    lines = [line.split(" | ") for line in (ROOT / "README.md").read_text().splitlines()]
+    claims = [line[1:] for line in lines if len(line) == 4 and " − " in line[1]]
+    assert len(claims) > 5
+    for compared, difference, verdict in claims:
+        pair = [accuracies_at_a_quarter(what) for what in compared.split(" − ")]
+        mean = statistics.fmean(pair[0]) - statistics.fmean(pair[1])
+        spread = sum(map(statistics.variance, pair)) ** 0.5
+        assert difference == f"{mean:+.2f} ± {spread:.2f}"
+        assert (verdict == "undecided |") == (abs(mean) <= spread)
+
+
 def test_the_readme_has_the_figures_of_best():
     text = " ".join((ROOT / "README.md").read_text().split())
     tests = [read_history(path)["test"] for path in sorted(ROOT.glob("results/best/best*.json"))]
