@@ -2,8 +2,9 @@
 
     y = gated_conv(x, coefficients, convs)      # sum_i a_i conv(x, W_i): (N, O, H, W)
 
-A convolution is linear in its input and in its kernels, so the same sum can be had in several ways.
-FORM says in which one; "auto" is the fastest as bench.py measures them. train.py --mix sets it.
+A convolution is linear in its kernels, so the same sum can be had by one convolution of each image
+with a mix of them. FORM says which form it is; "auto" is the fastest as bench.py measures them.
+train.py --mix sets it.
 """
 
 import ctypes
@@ -41,21 +42,6 @@ def weight_outputs(x, coefficients, convs):
     return torch.einsum("nk,nkchw->nchw", coefficients, outputs.unflatten(1, (k, -1)))
 
 
-def weight_inputs(x, coefficients, convs):
-    """conv([a_1 x, ..., a_k x], [W_1, ..., W_k]): one convolution of k * C channels, whose own sum
-    is the sum. As much work, but no k outputs in memory."""
-    dtype, k = compute_dtype(x), coefficients.shape[1]
-    x, a = x.to(dtype), coefficients.to(dtype)
-    if is_channels_last(x):
-        scaled = x.permute(0, 2, 3, 1).unsqueeze(3) * a[:, None, None, :, None]
-        scaled = scaled.flatten(3).permute(0, 3, 1, 2)
-    else:
-        scaled = (x.unsqueeze(1) * a[:, :, None, None, None]).flatten(1, 2)
-    kernels = convs.weight.unflatten(0, (k, -1)).transpose(0, 1).flatten(1, 2)
-    biases = coefficients @ convs.bias.view(k, -1)
-    return F.conv2d(scaled, kernels, padding=1) + biases[:, :, None, None].to(dtype)
-
-
 def mix_kernels(x, coefficients, convs):
     """conv(x, sum_i a_i W_i): one convolution of each image by kernels of its own, in 1/k of the
     work (as in CondConv, Yang et al. 2019, and dynamic convolution, Chen et al. 2020)."""
@@ -63,44 +49,45 @@ def mix_kernels(x, coefficients, convs):
         return weight_outputs(x, coefficients, convs)  # grouped convolutions need a group
     k = coefficients.shape[1]
     kernels, biases = convs.weight.unflatten(0, (k, -1)), convs.bias.view(k, -1)
-    return MixedConvolution.apply(x, coefficients, kernels, biases)
+    mixed = MixedProduct if x.is_cuda else MixedConvolution
+    return mixed.apply(x, coefficients, kernels, biases)
 
 
-FORMS = {"outputs": weight_outputs, "inputs": weight_inputs, "kernels": mix_kernels}
+FORMS = {"outputs": weight_outputs, "kernels": mix_kernels}
 MIXES = ("auto", *FORMS)
 
 
 # Forward and backward of a block, ms, by python bench.py --only form. Zen 4 in bfloat16, two cores:
-#                                    outputs   inputs  kernels
-#   64 to 128, 32x32, k = 3, batch 32     132      112       48
-#  256 to 512, 32x32, k = 3, batch 32    1699     1580      606
-#  128 to 128, 16x16, k = 2, batch 128    157      153      108
-#  256 to 256,   8x8, k = 2, batch 512    539      526      788
+#                                    outputs  kernels
+#   64 to 128, 32x32, k = 3, batch 32     132       48
+#  256 to 512, 32x32, k = 3, batch 32    1699      606
+#  128 to 128, 16x16, k = 2, batch 128    157      108
+#  256 to 256,   8x8, k = 2, batch 512    539      788
 # Intel Xeon without AMX in float32, two cores:
-#    8 to 4,   32x32, k = 3, batch 32     3.1      5.9      3.4
-#   16 to 8,   32x32, k = 3, batch 32     5.5      8.4      3.7
-#  256 to 512, 32x32, k = 3, batch 32    2155     2131      858
-#  128 to 128, 16x16, k = 2, batch 128    184      193      147
-#  256 to 256,   8x8, k = 2, batch 512    690      721     1147
-# H200, bfloat16: the k outputs cost more once they do not fit into its cache, 60 MB:
-#   64 to 128, 32x32, k = 3, batch 128   1.46     1.62      2.6
-#  256 to 512, 32x32, k = 3, batch 128   7.30     5.64
-#  128 to 128, 16x16, k = 2, batch 512   1.18     1.43
+#    8 to 4,   32x32, k = 3, batch 32     3.1      3.4
+#   16 to 8,   32x32, k = 3, batch 32     5.5      3.7
+#  256 to 512, 32x32, k = 3, batch 32    2155      858
+#  128 to 128, 16x16, k = 2, batch 128    184      147
+#  256 to 256,   8x8, k = 2, batch 512    690     1147
+# H200, bfloat16: training steps with kernels in so many of their blocks, those of most work first:
+#                      0     1     2     3     4
+#   final           15.0  12.1  11.0  10.8  10.2
+#   row 2            5.1   5.5   6.3
+#   best             8.6        10.3  11.5
 # CPUs with AMX, bfloat16, one thread, forward only, GFLOP/s counted as one convolution's work:
-#   64 to 128, 32x32, k = 3               253       71      101
-#  128 to 256, 32x32, k = 3               232      206      397
-#  128 to 128, 16x16, k = 3               245      199       90
+#   64 to 128, 32x32, k = 3               253      101
+#  128 to 256, 32x32, k = 3               232      397
+#  128 to 128, 16x16, k = 3               245       90
 def choose_form(x, coefficients, convs):
     """Return the form that is fastest for such tensors, by name."""
     outputs, size = convs.out_channels // coefficients.shape[1], x.shape[-1]
-    bfloat16 = compute_dtype(x) == torch.bfloat16
-    if x.is_cuda:
-        return "inputs" if len(x) * convs.out_channels * size**2 > 50_000_000 else "outputs"
-    if is_channels_last(x):  # a CPU with AMX
-        return "kernels" if size >= 32 and x.shape[1] >= 128 else "outputs"
-    if size >= 16 and (outputs >= 8 or bfloat16):
-        return "kernels"
-    return "inputs" if bfloat16 else "outputs"
+    if x.is_cuda:  # smaller sums wait for Python, so what takes fewer calls is faster
+        enough = len(x) * size**2 * convs.weight.numel() > 100_000_000_000
+    elif is_channels_last(x):  # a CPU with AMX
+        enough = size >= 32 and x.shape[1] >= 128
+    else:
+        enough = outputs >= 8 or compute_dtype(x) == torch.bfloat16
+    return "kernels" if size >= 16 and enough else "outputs"
 
 
 def compute_dtype(x):
@@ -177,6 +164,54 @@ def _convolve_each(x, coefficients, kernels, biases=None):
     return y if len(x) == 1 else y.view(len(x), -1, *x.shape[2:])
 
 
+class MixedProduct(torch.autograd.Function):
+    """The same for GPUs, where grouped convolutions are slow: each image's 3x3 patches, as rows of
+    a matrix, times its mixed kernels, as columns of another."""
+
+    @staticmethod
+    def forward(ctx, x, coefficients, kernels, biases):
+        ctx.save_for_backward(x, coefficients, kernels, biases)
+        ctx.dtype = compute_dtype(x)
+        x, a, w, b = (tensor.to(ctx.dtype) for tensor in (x, coefficients, kernels, biases))
+        return _multiply_each(x, a, w).add_((a @ b)[:, :, None, None])
+
+    @staticmethod
+    def backward(ctx, grad):
+        """The four gradients; that of x is a convolution by kernels turned round."""
+        x, a, w, b = (tensor.to(ctx.dtype) for tensor in ctx.saved_tensors)
+        grad_x, grad_sums = None, grad.sum((2, 3))
+        if ctx.needs_input_grad[0]:  # images of the data set need none
+            grad_x = _multiply_each(grad, a, w.transpose(1, 2).flip(3, 4))
+        grad_rows = grad.permute(0, 2, 3, 1).flatten(1, 2)
+        grad_mixed = (_patches(x).mT @ grad_rows).flatten(1)
+        columns = _columns(w)
+        grad_coefficients = grad_mixed @ columns.flatten(1).T + grad_sums @ b.T
+        grad_kernels = (a.T @ grad_mixed).view_as(columns).permute(0, 4, 3, 1, 2)
+        return grad_x, grad_coefficients, grad_kernels, a.T @ grad_sums
+
+
+def _multiply_each(x, coefficients, kernels):
+    """Convolve each image (N, C, H, W) by its mix of kernels (k, O, C, 3, 3)."""
+    columns = _columns(kernels)
+    mixed = (coefficients @ columns.flatten(1)).view(len(x), -1, columns.shape[4])
+    return (_patches(x) @ mixed).unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
+
+
+def _columns(kernels):
+    """(k, O, C, 3, 3) -> (k, 3, 3, C, O), a view; the order of _patches."""
+    return kernels.permute(0, 3, 4, 2, 1)
+
+
+def _patches(x):
+    """Return the 3x3 neighbours of each pixel: (N, C, H, W) -> (N, H * W, 3 * 3 * C)."""
+    pixels, dtype = x.permute(0, 2, 3, 1).contiguous(), x.dtype
+    if pixels.shape[3] * pixels.element_size() % 16 == 0:
+        pixels = pixels.view(torch.complex128)  # 16 bytes, or PyTorch would copy 2 at a time
+    padded = F.pad(pixels, (0, 0, 1, 1, 1, 1))
+    windows = padded.unfold(1, 3, 1).unfold(2, 3, 1).permute(0, 1, 2, 4, 5, 3)
+    return windows.flatten(3).flatten(1, 2).view(dtype)
+
+
 class Pool(nn.Module):
     """`pool`, F.avg_pool2d or F.max_pool2d, by size x size: (N, C, H, W) -> (N, C, H/size, W/size).
     oneDNN pools bfloat16 on a CPU to the same numbers, gradients too, in 0.2 to 0.6 of the time;
@@ -187,6 +222,8 @@ class Pool(nn.Module):
         self.pool, self.size = pool, size
 
     def forward(self, x):
+        if x.is_cuda and self.pool is F.avg_pool2d:  # half the time, gradient included (H200)
+            return F.adaptive_avg_pool2d(x, x.shape[-1] // self.size)
         slow = x.is_cpu and x.dtype == torch.bfloat16 and not is_channels_last(x)
         if slow and ONEDNN_HAS_BFLOAT16 and not torch.compiler.is_compiling():
             return self.pool(x.to_mkldnn(), self.size, self.size).to_dense(x.dtype)

@@ -14,7 +14,7 @@ from run import Run, load_checkpoint
 NETWORKS = {
     "report": "--augment crop flip",
     "recipe": " ".join(RECIPE),
-    "others": "--k 3 --mix inputs --batch-size 24 --holdout 500 --schedule none --optimizer adam",
+    "others": "--k 3 --mix outputs --batch-size 24 --holdout 500 --schedule none --optimizer adam",
 }
 LAYOUTS = torch.contiguous_format, torch.channels_last  # of CPUs, of GPUs
 INTERRUPTED = {  # within an epoch, at its end, in validation, after the first epoch
