@@ -142,10 +142,7 @@ class Run:
         try:
             self.model.load_state_dict(saved["weights"])
             self.optimizer.load_state_dict(saved["state"]["optimizer"])
-            for parameter, state in self.optimizer.state.items():
-                for name, value in state.items():  # a fused step takes both to lie in memory alike
-                    if torch.is_tensor(value) and value.shape == parameter.shape:
-                        state[name] = torch.empty_like(parameter).copy_(value)
+            lay_out_as_parameters(self.optimizer)
             kept = json.loads(saved["history"])
             self.history |= {name: kept[name] for name in ("epochs", "batch_losses")}
             self.history["reported"] = self.args.reported or kept["reported"]
@@ -220,6 +217,15 @@ def stop(reason, code):
     if RANK == 0:
         print(f"train.py: {reason}", file=sys.stderr)
     sys.exit(code)
+
+
+def lay_out_as_parameters(optimizer):
+    """Let the state of each parameter lie in memory as the parameter does: fused steps pair their
+    numbers in that order, and a run may go on where the order is another."""
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if torch.is_tensor(value) and value.shape == parameter.shape:
+                state[name] = torch.empty_like(parameter).copy_(value)
 
 
 def find_run(args):
@@ -324,8 +330,8 @@ def load_model(path):
             model = build_model(config, len(classes))
         model.classes, model.config, model.precision = classes, config, precision
         model.load_state_dict(checkpoint["weights"], assign=True)
-        model.to(memory_format=torch.contiguous_format)  # a GPU's has channels together
-        model.float().requires_grad_(False).eval()(torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE))
+        model.float().to(memory_format=torch.contiguous_format)  # a GPU's has channels together
+        model.requires_grad_(False).eval()(torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE))
     except Exception as error:  # a config can hold anything
         what = f"{path}: its weights do not fit its options ({explain(error)})"
         raise ValueError(what) from error
