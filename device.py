@@ -48,7 +48,8 @@ def choose_device(name):
 
 
 def choose_precision(device, precision="auto"):
-    """Return what "auto" means there: bfloat16 on CUDA and on a CPU with instructions for it."""
+    """Return the precision that is asked for. "auto" is bfloat16 on CUDA and on CPUs that have
+    instructions for it, else float32."""
     if precision != "auto":
         return precision
     quick = device.type == "cuda" or (device.type == "cpu" and fast.has_bfloat16())

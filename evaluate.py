@@ -237,7 +237,7 @@ def parse_args(argv=None):
     add("--image", type=to_path, nargs="+", metavar="FILE", help="photos to classify, no test")
     add("--export", type=to_path, metavar="FILE", help="write the weights to FILE, no test")
     add("--tta", action="store_true", help="test-time augmentation, by mirror images, as well")
-    once = "only what is finished, was not tested and held no images out"
+    once = "skip what was tested, is not finished or held images out"
     add("--once", action="store_true", help=once)
     add("--data-dir", type=to_path, help="where CIFAR-10 is (default: where it was for training)")
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps ... (default: auto)")

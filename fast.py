@@ -3,8 +3,8 @@
     y = gated_conv(x, coefficients, convs)      # sum_i a_i conv(x, W_i): (N, O, H, W)
 
 A convolution is linear in its kernels, so the same sum can be had by one convolution of each image
-with a mix of them. FORM says which form it is; "auto" is the fastest as bench.py measures them.
-train.py --mix sets it.
+with a mix of them. FORM says which form is used; "auto" is the faster one, as bench.py measures
+them. train.py --mix sets it.
 """
 
 import ctypes

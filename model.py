@@ -54,7 +54,7 @@ class Block(nn.Module):
     """k gated 3x3 convolutions (stride 1, padding 1) of one input, summed, then ReLU if `relu`:
     (N, in_channels, H, W) -> (N, out_channels, H, W). `norm` "batch" normalises the sum before the
     ReLU (Ioffe and Szegedy 2015), `downsample` halves H and W before that by max pooling, and
-    `residual` adds the input to the output where the two are as large (He et al. 2016)."""
+    `residual` adds the input to the output where their shapes agree (He et al. 2016)."""
 
     def __init__(
         self,
@@ -128,9 +128,9 @@ class Classifier(nn.Sequential):
 
 
 def build_model(options, classes=10):
-    """Return the network of a dict of options, DEFAULTS for those it lacks; it may hold others. It
+    """Return the network of a dict of options: those it lacks are DEFAULTS, others are ignored. It
     is an nn.Sequential of `backbone` and `classifier`: (N, 3, 32, 32) -> logits (N, classes)."""
-    options = DEFAULTS | {name: options[name] for name in DEFAULTS.keys() & options.keys()}
+    options = DEFAULTS | options
     block = {name: options[name] for name in ("k", "gate", "norm", "downsample", "residual")}
     backbone = Backbone(options["arch"], relu=options["block_relu"], **block)
     head = {name: options[name] for name in ("pool", "fc", "hidden", "dropout", "logit_scale")}
@@ -150,9 +150,10 @@ def initialise_he(module):
 
 @torch.no_grad()
 def initialise_whitening(block, x):
-    """Let each of a block's k sets of kernels whiten images x (N, C, H, W), and learn no more: half
-    of its kernels are principal components of their 3x3 patches over the standard deviations, the
-    others minus those (as in airbench, Jordan 2024). Kernels that are left over stay random."""
+    """Set each of a block's k sets of kernels to whiten images like x (N, C, H, W), and freeze it:
+    half of its kernels are principal components of the images' 3x3 patches over their standard
+    deviations, the others minus those (as in airbench, Jordan 2024). Kernels that are left over
+    stay random."""
     patches = F.unfold(x, 3).transpose(1, 2).flatten(0, 1)  # (patches, 9 C)
     variances, components = torch.linalg.eigh(patches.T @ patches / len(patches))
     whitening = (components / (variances + 5e-4).sqrt()).T.flip(0)  # the largest variance first
@@ -160,7 +161,7 @@ def initialise_whitening(block, x):
         half = min(len(whitening), len(kernels) // 2)
         kernels[:half] = whitening[:half].view_as(kernels[:half])
         kernels[half : 2 * half] = -kernels[:half]
-    # A step would change most those of the largest components: they are small.
+    # The kernels of the largest components are the smallest: a step would change them most.
     block.convs.requires_grad_(False)
 
 

@@ -58,7 +58,8 @@ def draw_all(args):
 
 
 def list_pictures(runs, rows, args):
-    """Yield of each picture: the history that it lies beside, its name, what draws it from what."""
+    """Yield of each picture: a history that it lies beside, its name, the function that draws it,
+    the arguments of that."""
     one_title = args.title if len(rows) == 1 else None
     for row in rows:
         yield row[0]["path"], name_row(row), draw_run, row, one_title or name_row(row)

@@ -65,6 +65,8 @@ class Run:
         self.metrics, self.lr = {}, None  # of the batches of this epoch
         if saved:
             self._restore(saved)
+        # The epoch and the step that the run goes on with.
+        self.position = len(self.history["epochs"]), len(self.metrics.get("loss", ()))
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._on_signal)
         barrier()  # until all processes have read the existing files
@@ -76,11 +78,6 @@ class Run:
         print0("\n" + HEADER)
         for epoch in self.history["epochs"]:
             print0(format_epoch(epoch, args.epochs))
-
-    @property
-    def position(self):
-        """(epoch, step) that the run goes on with."""
-        return len(self.history["epochs"]), len(self.metrics.get("loss", ()))
 
     def log_batch(self, epoch, step, lr, loss, correct, **metrics):
         """Record a batch's metrics, numbers or tensors of one; save or stop if it is time to.
@@ -220,8 +217,8 @@ def stop(reason, code):
 
 
 def lay_out_as_parameters(optimizer):
-    """Let the state of each parameter lie in memory as the parameter does: fused steps pair their
-    numbers in that order, and a run may go on where the order is another."""
+    """Give the state of each parameter the memory format of the parameter. Fused steps need that,
+    and a run that was saved on a GPU, with its channels last, may go on on a CPU."""
     for parameter, state in optimizer.state.items():
         for name, value in state.items():
             if torch.is_tensor(value) and value.shape == parameter.shape:
@@ -256,14 +253,15 @@ def find_run(args):
 
 
 def is_finished(saved, args):
-    """Whether a checkpoint is of a run that has all its epochs; its history then says so, too."""
+    """Whether a checkpoint is of a run that has all its epochs. Writes its history again if a kill
+    kept it from saying so, or if it is lost."""
     history, path = json.loads(saved["history"]), args.out / f"{args.name}.json"
     if not history["finished"] or len(history["epochs"]) < args.epochs:
         return False
     with contextlib.suppress(OSError, ValueError):
         if read_history(path)["finished"]:
             return True
-    if RANK == 0:  # a kill came between the two files, or it was lost
+    if RANK == 0:
         write_history(path, history)
         print(f"train.py: {path} is written again; its test is evaluate.py's", file=sys.stderr)
     return True

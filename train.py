@@ -7,8 +7,8 @@ python train.py --dataset shapes --arch 16 32 --hidden 256    # needs no data se
 python train.py --holdout 5000 --name held-out                # leaves the test images unseen
 
 The weights go to runs/NAME.pt, the history to runs/NAME.json after every epoch. About every minute,
-and when the run is stopped, runs/NAME.pt also gets all that --resume needs: kill -9 loses the work
-since. The metrics of a run are its last epoch's.
+and when the run is stopped, runs/NAME.pt also gets all that --resume needs: kill -9 loses what was
+done after that. The metrics of a run are its last epoch's: no best epoch is picked.
 """
 
 import argparse
@@ -127,7 +127,7 @@ def make_model(args, train_set, device, precision):
 
 def make_optimizer(model, args):
     """Return PyTorch's optimiser with the options that are given, its step fused where it can be.
-    With args.bias_lr, biases learn so many times as fast as weights, and do not decay."""
+    With args.bias_lr, biases learn at so many times the rate of weights, and do not decay."""
     kind, parameters = OPTIMIZERS[args.optimizer], list(model.parameters())
     options = {"weight_decay": args.weight_decay, "momentum": args.momentum}
     options = {name: value for name, value in options.items() if value is not None}
@@ -144,7 +144,7 @@ def make_optimizer(model, args):
 
 
 def learning_rate(args, epoch, step, steps):
-    """Return the learning rate of a step, of so many in an epoch."""
+    """Return the learning rate of a step; an epoch has `steps`."""
     if args.schedule == "cosine":  # epoch by epoch, as the report is read
         return args.lr * (1 + math.cos(math.pi * epoch / args.epochs)) / 2
     if args.schedule == "onecycle":  # step by step, up in a fifth of the run (Smith and Topin 2017)
@@ -219,7 +219,7 @@ def parse_args(argv=None):
     add("--optimizer", choices=OPTIMIZERS, default="adamw", help="PyTorch's own")
     add("--lr", type=number(float, 0), default=0.001, help="learning rate")
     add("--weight-decay", type=number(float, 0), help="None: the optimiser's own default")
-    biases = "biases learn so many times as fast and do not decay; None: as weights"
+    biases = "biases learn at FACTOR times --lr, without weight decay; None: as weights"
     add("--bias-lr", type=number(float, 0), metavar="FACTOR", help=biases)
     add("--momentum", type=fraction, help="None: the optimiser's own default, 0 of sgd")
     add("--nesterov", action=on_off, default=False, help="Nesterov's momentum")
@@ -251,7 +251,7 @@ def parse_args(argv=None):
 
 
 def refuse_contradictions(args, parser):
-    """Refuse what no single option can see."""
+    """Refuse options that contradict each other."""
     if args.name != Path(args.name).name or args.name == ".." or not args.name.isprintable():
         parser.error(f"--name {args.name!r} becomes part of file names; --out takes the folder")
     if args.resume and args.overwrite:
