@@ -28,11 +28,15 @@ if [ "${BASH_SOURCE[0]}" = "$0" ]; then             # recipe.sh has rows of its 
     )
 fi
 
+refuse() { # refuse CODE WHY ...
+    echo "$(basename "$0"): error: ${*:2}" >&2
+    exit "$1"
+}
+
 wanted=()
 while [ $# -gt 0 ] && [ "$1" != -- ]; do
     if [[ " ${rows[*]%% *} " != *" $1 "* ]]; then
-        echo "$(basename "$0"): error: there is no row '$1', only" "${rows[@]%% *}" >&2
-        exit 2
+        refuse 2 "there is no row '$1', only" "${rows[@]%% *}"
     fi
     wanted+=("$1")
     shift
@@ -41,14 +45,25 @@ shift $(($# > 0)) # the --
 out=runs previous=
 for word in "$@"; do
     if [ "$previous" = --out ]; then out=$word; fi
-    case $word in --out=*) out=${word#--out=} ;; esac
+    case $word in
+        --out=*) out=${word#--out=} ;;
+        --name | --name=*) refuse 2 "$word: rows have names of their own; --out takes another folder" ;;
+    esac
     previous=$word
 done
 case $out in "~" | "~/"*) out=$HOME${out#\~} ;; esac # as train.py reads it
 resume=--resume
 if [[ " $* " == *" --overwrite "* ]]; then resume=; fi
 
-launch=(${LAUNCH:-python})
+python= # one for all scripts: LAUNCH's, else the first that there is
+for word in ${LAUNCH:-}; do
+    case ${word##*/} in python | python[0-9]*) python=${python:-$word} ;; esac
+done
+python=${python:-$(command -v python || command -v python3 || echo python)}
+launch=(${LAUNCH:-$python})
+for program in "$python" "${launch[0]}"; do
+    command -v "$program" >/dev/null || refuse 1 "there is no program '$program' (LAUNCH=${LAUNCH:-})"
+done
 
 run() { # run COMMAND ...: in the background, or a signal would have to wait for its end
     "$@" &
@@ -69,15 +84,14 @@ for row in "${rows[@]}"; do
     if [ ${#wanted[@]} = 0 ] || [[ " ${wanted[*]} " == *" $name "* ]]; then
         echo "== $name"
         run "${launch[@]}" "$here/train.py" $options "$@" --name "$name" $resume &&
-            run python "$here/evaluate.py" "$out/$name"[.]pt "$out/$name"-seed*.pt --once ||
+            run "$python" "$here/evaluate.py" "$out/$name"[.]pt "$out/$name"-seed*.pt --once ||
             failed+=" $name"
     fi
     histories+=("$out/$name"[.]json "$out/$name"-seed*.json)
 done
 if [ ${#histories[@]} -gt 0 ]; then
-    run python "$here/plot.py" "${histories[@]}" || failed+=" plot"
+    run "$python" "$here/plot.py" "${histories[@]}" || failed+=" plot"
 fi
 if [ -n "$failed" ]; then
-    echo "$(basename "$0"): error: failed:$failed" >&2
-    exit 1
+    refuse 1 "failed:$failed"
 fi

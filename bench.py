@@ -27,9 +27,10 @@ from torch import nn
 import fast
 import train
 from data import Dataset
-from device import autocast, choose_device, choose_precision, describe_environment
-from history import to_path, write_history
+from device import autocast, choose_precision, set_up_device
+from history import harden_output, to_path, write_history
 from model import Block
+from run import describe_environment
 
 TURNS = 5
 SHAPES = (  # of a block: channels in and out, pixels of a side, k
@@ -115,7 +116,7 @@ def make_block(inputs, outputs, size, k, batch, device, precision):
 
 def build_block(form, shape, batch, device, precision):
     """Return a function that runs a block forward and backward, its sum in that form."""
-    choose_device(str(device))  # keeps memory
+    set_up_device(str(device))  # keeps memory
     fast.FORM = form
     block, x = make_block(*shape, batch, device, precision)
     x.requires_grad_(x.shape[1] > 3)
@@ -142,7 +143,7 @@ def build_product(macs, device, precision):
 def build_training(args, device, precision, textbook=False):
     """Return a function that does a training step of train.py's options on random images."""
     if not textbook:
-        choose_device(str(device))  # keeps memory
+        set_up_device(str(device))  # keeps memory
     torch.manual_seed(args.seed)
     images = torch.randint(256, (1_000, 3, 32, 32), dtype=torch.uint8)
     train_set = Dataset(images, torch.randint(10, (1_000,)), args.dataset)
@@ -214,7 +215,7 @@ def main(argv=None):
     """Time what is asked for, and keep the results; failures exit with 1 and a line."""
     args = parse_args(argv)
     try:
-        device = choose_device(args.device)
+        device = set_up_device(args.device)
         os.environ.pop("THP_MEM_ALLOC_ENABLE", None)  # of keep_memory: not for textbook forms
         precision = choose_precision(device)
         report = describe_environment(device, precision)
@@ -235,4 +236,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    harden_output()
     main()

@@ -8,13 +8,18 @@ Images stay uint8 until their batch is on the device; there the whole batch is a
 normalised at once. There is no per-image Python work and there are no worker processes.
 """
 
+import contextlib
 import random
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 import torchvision
+from torchvision.datasets.utils import check_integrity
+
+from history import lock
 
 CLASSES = {
     "cifar10": "airplane automobile bird cat deer dog frog horse ship truck".split(),
@@ -86,20 +91,32 @@ def load(name, data_dir="data", train=True):
         raise ValueError(f"no data set is called {name!r}, only {', '.join(CLASSES)}")
     if name == "shapes":
         return draw_shapes(10_000, seed=0) if train else draw_shapes(1_000, seed=1)
-    cifar10 = torchvision.datasets.CIFAR10
-    try:
-        try:
-            loaded = cifar10(data_dir, train=train)
-        except RuntimeError:  # missing or damaged; download=True from the start sums md5 twice
-            loaded = cifar10(data_dir, train=train, download=True)
-    except (RuntimeError, OSError, EOFError) as error:
-        raise OSError(
-            f"{data_dir}/{cifar10.base_folder} is missing or damaged, and a download failed "
-            f"({error}); put {cifar10.filename} from {cifar10.url} into {data_dir}, or use "
-            "--dataset shapes, without files"
-        ) from error
+    loaded = load_cifar10(Path(data_dir), train)
     images = torch.from_numpy(loaded.data).permute(0, 3, 1, 2).contiguous()
     return Dataset(images, torch.tensor(loaded.targets), name)
+
+
+def load_cifar10(data_dir, train):
+    """Return torchvision's CIFAR10, verified by its md5 sums. Where it is missing or damaged it is
+    unpacked or downloaded, by one process at a time; OSError says what is wrong if that fails."""
+    cifar10 = torchvision.datasets.CIFAR10
+    try:
+        with contextlib.suppress(RuntimeError):  # download=True from the start sums md5 twice
+            return cifar10(data_dir, train=train)
+        data_dir.mkdir(parents=True, exist_ok=True)
+        with open(data_dir / ".cifar10.lock", "w") as file:
+            lock(file, f"waiting for another process that puts CIFAR-10 into {data_dir}")
+            return cifar10(data_dir, train=train, download=True)
+    except (RuntimeError, OSError, EOFError) as error:
+        archive = data_dir / cifar10.filename
+        what = f"{data_dir / cifar10.base_folder} is missing or damaged"
+        advice = f"put {archive.name} from {cifar10.url} into {data_dir}"
+        if archive.is_file() and not check_integrity(archive, cifar10.tgz_md5):
+            what, advice = f"{archive} is damaged", f"replace it by {cifar10.url}"
+        raise OSError(
+            f"{what}, and a download failed ({error}); {advice}, or use --dataset shapes, without "
+            "files"
+        ) from error
 
 
 def hold_out(dataset, count):

@@ -1,39 +1,46 @@
 """Where a run computes: its device, the precision of its forward pass, one or several processes.
 
 torchrun starts several processes with an environment of their own: RANK is the number of this one,
-WORLD_SIZE how many there are. One process alone is number 0 of 1.
+WORLD_SIZE how many there are. One process alone is number 0 of 1. Only train.py joins the others.
 """
 
 import os
-import platform
-import subprocess
-from pathlib import Path
+import sys
+import threading
 
 import torch
 import torch.distributed as dist
-import torchvision
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import fast
 
-WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
-RANK = int(os.environ.get("RANK", 0)) if WORLD_SIZE > 1 else 0
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0)) if WORLD_SIZE > 1 else 0  # on this machine
+
+def _read_number(name, default):
+    text = os.environ.get(name, "")
+    return int(text) if text.isdecimal() else default  # join_processes refuses others
+
+
+WORLD_SIZE = _read_number("WORLD_SIZE", 1)
+RANK = _read_number("RANK", 0) if WORLD_SIZE > 1 else 0
+LOCAL_RANK = _read_number("LOCAL_RANK", 0) if WORLD_SIZE > 1 else 0  # on this machine
 SHARE = slice(RANK, None, WORLD_SIZE)  # this process's images of every batch
+PATIENCE = 10  # seconds until a process says that it waits for others
 
 PRECISIONS = ("auto", "float32", "bfloat16")
 
 
-def choose_device(name):
-    """Return the torch.device of that name, PyTorch set up for it and the other processes joined.
-    "auto" is CUDA where there is one, else the CPU. ValueError if there is no such device."""
+def set_up_device(name, index=0):
+    """Return the torch.device of that name, PyTorch set up for it: its memory, its threads, its
+    choice of convolutions. "auto" is CUDA where there is one, else the CPU; "cuda" is the GPU
+    number `index`. ValueError if there is no such device."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cpu":
         fast.keep_memory()
+        fast.limit_threads()
     try:
-        device = torch.device("cuda", LOCAL_RANK) if name == "cuda" else torch.device(name)
+        device = torch.device("cuda", index) if name == "cuda" else torch.device(name)
         torch.zeros(1, device=device).item()  # "meta", too, is a device
     except (RuntimeError, AssertionError, ImportError) as error:
         reason = str(error).partition("\n")[0][:200]
@@ -42,17 +49,45 @@ def choose_device(name):
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")
         torch.cuda.set_device(device)
-    if WORLD_SIZE > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return device
 
 
+def join_processes(device):
+    """Meet the other processes of this run, if there are any; say so if that takes long.
+    ValueError if the environment is wrong or they do not come."""
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
+        text = os.environ.get(name, "0")
+        if not text.isdecimal():
+            raise ValueError(f"{name}={text!r} in the environment is not a number: unset it")
+    if WORLD_SIZE == 1:
+        return
+    place = ":".join(os.environ.get(f"MASTER_{part}", "?") for part in ("ADDR", "PORT"))
+    what = (
+        f"process {RANK} of {WORLD_SIZE} waits for the others at {place}; to train with one alone, "
+        "unset WORLD_SIZE"
+    )
+    waiting = threading.Timer(PATIENCE, print, [f"train.py: {what}"], {"file": sys.stderr})
+    waiting.daemon = True
+    waiting.start()
+    try:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).partition("\n")[0][:200]
+        raise ValueError(f"the processes of this run do not meet at {place} ({reason})") from error
+    finally:
+        waiting.cancel()
+
+
 def choose_precision(device, precision="auto"):
-    """Return the precision that is asked for. "auto" is bfloat16 on CUDA and on CPUs that have
+    """Return the precision that is asked for. "auto" is bfloat16 on GPUs and CPUs that have
     instructions for it, else float32."""
     if precision != "auto":
         return precision
-    quick = device.type == "cuda" or (device.type == "cpu" and fast.has_bfloat16())
+    if device.type == "cuda":
+        with torch.cuda.device(device):  # older ones emulate it, slowly
+            quick = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        quick = device.type == "cpu" and fast.has_bfloat16()
     return "bfloat16" if quick else "float32"
 
 
@@ -60,32 +95,6 @@ def autocast(device, precision):
     """Return the context of a forward pass in that precision. Weights and their gradients stay
     float32."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16")
-
-
-def describe_environment(device, precision):
-    """Return what a run is made with, as its history keeps it."""
-    threads = torch.get_num_threads()
-    kind = f"{platform.machine()}, {threads} threads"
-    if device.type == "cuda":
-        kind = torch.cuda.get_device_name(device)
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "device": f"{device} ({kind})",
-        "precision": precision,
-        "threads": threads,
-        "commit": find_commit(),
-    }
-
-
-def find_commit():
-    """Return the commit of these scripts as git describes it, or None."""
-    git = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"]
-    try:
-        return subprocess.check_output(git, stderr=subprocess.DEVNULL).decode().strip()
-    except (OSError, ValueError, subprocess.CalledProcessError):  # no git, no repository
-        return None
 
 
 def print0(text):
@@ -122,3 +131,19 @@ def distribute(model):
     if next(model.parameters()).is_cuda:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return DistributedDataParallel(model)
+
+
+def distribute_loss(criterion):
+    """Return a mean loss as one of several processes computes it: of its share of a batch, weighted
+    by how large that is, so that the mean over the processes, and that of the gradients, is the
+    batch's. In the last batch shares may differ by an image, and a process may have none."""
+    if WORLD_SIZE == 1:
+        return criterion
+
+    def mean_of_share(logits, labels):
+        images = all_reduce(torch.tensor(len(labels), device=labels.device))
+        if not len(labels):
+            return 0 * logits.sum()  # a mean of nothing is NaN
+        return criterion(logits, labels) * (len(labels) * WORLD_SIZE / images)
+
+    return mean_of_share

@@ -20,11 +20,18 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 
 import gallery
+from checkpoint import load_checkpoint, load_model, write_checkpoint
 from data import Dataset, load
-from device import PRECISIONS, autocast, choose_device
-from history import hyperparameters, read_history, to_path, write_history
+from device import PRECISIONS, autocast, set_up_device
+from history import (
+    expand_patterns,
+    harden_output,
+    hyperparameters,
+    read_history,
+    to_path,
+    write_history,
+)
 from model import IMAGE_SIZE, predict
-from run import load_checkpoint, load_model, write_checkpoint
 
 BINS = 15  # of confidence
 WRONG = 36  # misclassified images kept
@@ -66,7 +73,7 @@ def evaluate(path, args):
 
 def open_checkpoint(path, args):
     """Return (model, device, autocast context), the model on the device."""
-    model, device = load_model(path), choose_device(args.device)
+    model, device = load_model(path), set_up_device(args.device)
     precision = model.precision if args.precision == "auto" else args.precision
     return model.to(device), device, autocast(device, precision)
 
@@ -234,7 +241,14 @@ def parse_args(argv=None):
     add = parser.add_argument
     files = "runs/NAME.pt; metrics go to runs/NAME.json"
     add("checkpoints", type=to_path, nargs="+", metavar="checkpoint", help=files)
-    add("--image", type=to_path, nargs="+", metavar="FILE", help="photos to classify, no test")
+    add(
+        "--image",
+        type=to_path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="photos to classify, no test",
+    )
     add("--export", type=to_path, metavar="FILE", help="write the weights to FILE, no test")
     add("--tta", action="store_true", help="test-time augmentation, by mirror images, as well")
     once = "skip what was tested, is not finished or held images out"
@@ -244,6 +258,8 @@ def parse_args(argv=None):
     precision = "of convolutions and linear layers (default: that of training)"
     add("--precision", choices=PRECISIONS, default="auto", help=precision)
     args = parser.parse_args(argv)
+    args.checkpoints = expand_patterns(args.checkpoints)
+    args.image = expand_patterns(args.image)
     if args.export and len(args.checkpoints) > 1:
         parser.error(f"--export writes one checkpoint, not {len(args.checkpoints)}")
     return args
@@ -271,4 +287,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    harden_output()
     main()

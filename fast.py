@@ -7,9 +7,12 @@ with a mix of them. FORM says which form is used; "auto" is the faster one, as b
 them. train.py --mix sets it.
 """
 
+import contextlib
 import ctypes
+import itertools
 import os
 import platform
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +20,8 @@ from torch import nn
 
 MKLDNN = torch.backends.mkldnn.is_available()  # oneDNN's old name
 ONEDNN_HAS_BFLOAT16 = MKLDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+QUOTA_FILES = ["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"]  # of cgroups v2 and v1
 
 FORM = "auto"
 
@@ -257,3 +262,29 @@ def keep_memory():
         malloc = ctypes.CDLL(None)
         malloc.mallopt(-4, 0)  # M_MMAP_MAX: the heap holds large tensors, too
         malloc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: and never shrinks
+
+
+def limit_threads():
+    """Use no more threads than a container's CPU quota has cores, unless OMP_NUM_THREADS says how
+    many: each of them waits for the others, and the quota stops them in turn."""
+    cores = read_cpu_quota()
+    if cores and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, min(torch.get_num_threads(), int(cores))))
+
+
+def read_cpu_quota(root="/sys/fs/cgroup", own="/proc/self/cgroup"):
+    """Return how many cores the control groups of this process, v1 or v2, let it use: the least of
+    its own and those around it, None if there is no limit."""
+    quotas, lines = [], []
+    with contextlib.suppress(OSError):  # there are none but on Linux
+        lines = Path(own).read_text().splitlines()
+    for line in lines:
+        _, controllers, path = line.split(":", 2)  # v2 names no controllers
+        folder = Path(root, controllers, path.lstrip("/"))
+        # In a container its own group is the root, whatever its path is outside.
+        for place, names in itertools.product((folder, *folder.parents), QUOTA_FILES):
+            with contextlib.suppress(OSError, ValueError):  # not there; "max"
+                text = " ".join((place / name).read_text() for name in names)
+                quota, period = map(int, text.split())
+                quotas += [quota / period] if quota > 0 else []
+    return min(quotas, default=None)

@@ -3,13 +3,24 @@
     history = read_history("runs/row4.json")
     write_history("runs/row4.json", history)
 
-This file needs no PyTorch, so that plot.py starts fast.
+And what all scripts share of paths, files and output. This file needs no PyTorch, so that plot.py
+starts fast.
 """
 
+import argparse
+import contextlib
+import errno
+import glob
 import json
 import math
 import os
+import sys
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows: there, two runs of one name are not kept apart
+    fcntl = None
 
 # Options that do not change what a run computes: they may differ when it is resumed.
 NOT_HYPERPARAMETERS = set("data_dir name out device mix compile resume overwrite reported".split())
@@ -55,13 +66,39 @@ def write_atomically(path, write):
         with open(part, "wb") as file:
             write(file)
             file.flush()
-            os.fsync(file.fileno())
+            flush_to_disk(file)
         os.replace(part, path)
     except BaseException as error:
         part.unlink(missing_ok=True)
         if isinstance(error, OSError):
             error.filename = str(path)
         raise
+
+
+def flush_to_disk(file):
+    """Wait until a file is on the disk, where its file system can say so."""
+    try:
+        os.fsync(file.fileno())
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP):
+            raise
+
+
+def lock(file, waiting=None):
+    """Keep other processes from locking an open file, until it is closed. If one has it locked,
+    BlockingIOError; with `waiting`, a line to print on stderr, wait until it is free."""
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        if waiting is None:
+            raise
+        print(waiting, file=sys.stderr)
+        fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError as error:  # some file systems have no locks
+        reason = f"{error.strerror}: {file.name} keeps no second process out"
+        print(f"warning: {reason}", file=sys.stderr)
 
 
 def hyperparameters(config):
@@ -71,4 +108,47 @@ def hyperparameters(config):
 
 def to_path(text):
     """Return the path that an option names; the shell leaves the ~ of --out=~/runs to us."""
+    if not text:  # a shell's unset variable, and not the current folder
+        raise argparse.ArgumentTypeError("it is empty")
     return Path(os.path.expanduser(text))
+
+
+def expand_patterns(paths):
+    """Return paths with each * and ? expanded that no file is called by: cmd.exe leaves that to
+    us."""
+    return [match for path in paths for match in _matches(path)]
+
+
+def _matches(path):
+    found = [] if path.exists() else sorted(map(Path, glob.glob(str(path))))
+    return found or [path]
+
+
+class _Output:
+    """A text stream whose writes never fail: what nobody can read any more is dropped."""
+
+    def __init__(self, stream):
+        stream.reconfigure(errors="backslashreplace", line_buffering=True)
+        self.stream = stream
+
+    def write(self, text):
+        try:
+            return self.stream.write(text)
+        except OSError:  # a pipe without reader, a closed terminal, a full disk
+            self.stream = open(os.devnull, "w", encoding="utf-8", errors="replace")
+            return len(text)
+
+    def flush(self):
+        with contextlib.suppress(OSError):
+            self.stream.flush()
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+def harden_output():
+    """Let nothing that this process prints end it: its files are what it works for. Characters that
+    the output's encoding lacks are escaped, and what nobody can read any more is dropped."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is not None:  # so it is where the shell closed it
+            setattr(sys, name, _Output(getattr(sys, name)))

@@ -21,7 +21,14 @@ from itertools import cycle, zip_longest
 import numpy as np
 
 from gallery import BLUE, COLOURS, ORANGE, draw_gates, draw_test, save, start_figure
-from history import hyperparameters, read_history, to_path, write_atomically
+from history import (
+    expand_patterns,
+    harden_output,
+    hyperparameters,
+    read_history,
+    to_path,
+    write_atomically,
+)
 
 DASHES = ("-", "--", "-.", ":")
 PARTS = {"train": ("training", "o-", BLUE), "val": ("validation", "s--", ORANGE)}
@@ -279,7 +286,9 @@ def parse_args(argv=None):
     add("--format", choices=("png", "svg", "pdf"), default="png", help="of pictures (default: png)")
     add("--title", help="title, of several rows of their comparison (default: the name)")
     add("--minutes", action="store_true", help="compare over minutes instead of epochs")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.histories = expand_patterns(args.histories)
+    return args
 
 
 def main(argv=None):
@@ -295,4 +304,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    harden_output()
     main()

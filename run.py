@@ -1,10 +1,8 @@
 """One training run that survives interruption: its name claimed, saved, restored, stopped.
 
     with claim(args.out, args.name):
-        saved = find_run(args)
+        saved = find_checkpoint(args)
         run = Run(args, saved, ...)          # train.py shows the rest
-
-    model = load_model("runs/row4.pt")       # in evaluation mode, on the CPU
 
 runs/NAME.pt is the whole truth about a run, runs/NAME.json its history for people and plot.py. All
 randomness is drawn from (seed, epoch, step), so a saved state holds no generators and a run may
@@ -16,58 +14,57 @@ import glob
 import json
 import math
 import os
+import platform
 import shlex
 import signal
+import subprocess
 import sys
 import time
-import zipfile
 from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torchvision
 from torch.distributed import ReduceOp
 
-from data import CLASSES
+from checkpoint import explain, load_checkpoint, write_checkpoint
 from device import RANK, WORLD_SIZE, all_reduce, barrier, leave, print0
-from history import hyperparameters, read_history, write_atomically, write_history
-from model import IMAGE_SIZE, build_model
+from history import hyperparameters, lock, read_history, write_history
+from model import count_macs
 
-try:
-    import fcntl
-except ImportError:  # Windows: there, two runs of one name are not kept apart
-    fcntl = None
-
-FORMAT = "gated multi-convolution checkpoint 5"
 SAVE_SECONDS = 60  # from one saved state to the next, or 40 times what saving takes
+STOPS = signal.SIGINT, signal.SIGTERM  # the signals that save a run and end it
 LOOK_EVERY = 16  # batches, where reading a loss makes the CPU wait for the device
 HEADER = "  epoch        lr  train loss  acc. %    val loss  acc. %  seconds  images/s"
 
 
 class Run:
     """One run: how far it has come, its history and its two files. Of several processes the first
-    alone writes. `batch_sizes` are the images of each batch of an epoch."""
+    alone writes. `position` is the epoch and the step that it goes on with."""
 
-    def __init__(self, args, saved, images, info, model, optimizer):
-        """Restore what was saved; write the first files. `saved` is what find_run gave, `images`
-        how many an epoch has, `info` what the history is to say of the run."""
-        self.args, self.model, self.optimizer = args, model, optimizer
+    def __init__(self, args, command, saved, images, info, model, optimizer):
+        """Restore what was saved; write the first files. `command` are the words that began it,
+        `saved` is what find_checkpoint gave, and is emptied, `images` how many an epoch has, `info`
+        what the history is to say of the run."""
+        self.args, self.command = args, command
+        self.model, self.optimizer = model, optimizer
         self.checkpoint_path = args.out / f"{args.name}.pt"
         self.history_path = args.out / f"{args.name}.json"
-        config = vars(args) | {"out": str(args.out), "data_dir": str(args.data_dir.absolute())}
+        config = vars(args) | {"out": str(args.out), "data_dir": str(args.data_dir)}
         size = args.batch_size
         self.batch_sizes = [min(size, images - first) for first in range(0, images, size)]
         self.signal = 0  # that came
         self.began = self.trained_at = time.monotonic()
         self.save_at = self.began + SAVE_SECONDS
-        self.history = {"name": args.name, "command": format_command(sys.argv)}
+        self.history = {"name": args.name}
+        self.history["command"] = format_command(["train.py", *command[1:]])
         self.history |= {"config": config, "reported": args.reported} | info
         self.history |= {"epochs": [], "batch_losses": [], "finished": False}
         self.metrics, self.lr = {}, None  # of the batches of this epoch
         if saved:
             self._restore(saved)
-        # The epoch and the step that the run goes on with.
         self.position = len(self.history["epochs"]), len(self.metrics.get("loss", ()))
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in STOPS:
             signal.signal(number, self._on_signal)
         barrier()  # until all processes have read the existing files
         if not saved and RANK == 0:
@@ -75,15 +72,19 @@ class Run:
             self.history_path.unlink(missing_ok=True)
             self._write_checkpoint()
         self._write_history()
-        print0("\n" + HEADER)
+        where = info["environment"]
+        print0(f"{info['parameters']:,} parameters, {info['macs']:,} multiply-accumulates an image")
+        print0(f"on {where['device']}, {where['precision']}\n\n{HEADER}")
         for epoch in self.history["epochs"]:
             print0(format_epoch(epoch, args.epochs))
 
     def log_batch(self, epoch, step, lr, loss, correct, **metrics):
         """Record a batch's metrics, numbers or tensors of one; save or stop if it is time to.
-        `loss` and `correct` are tensors, of this process's images and added up; others are the same
-        in each process. Ends the process if the loss is NaN or infinite, or a signal came."""
+        `loss` and `correct`, tensors, are of this process's share: `loss` becomes the mean over the
+        processes, `correct` their sum. Other metrics must already agree. Ends the process if the
+        loss is NaN or infinite, or a signal came."""
         loss, correct = all_reduce(torch.stack([loss.detach(), correct])).unbind()
+        loss = loss / WORLD_SIZE
         for name, value in {"loss": loss, "correct": correct, **metrics}.items():
             value = torch.as_tensor(value, device=loss.device).detach()
             self.metrics.setdefault(name, []).append(value)
@@ -157,10 +158,12 @@ class Run:
             write_history(self.history_path, self.history)
 
     def _write_checkpoint(self, resumable=True):
+        # evaluate.py looks for the images where training had them, from whatever folder.
+        place = {"data_dir": str(self.args.data_dir.absolute())}
         checkpoint = {
-            "config": self.history["config"],
+            "config": self.history["config"] | place,
             "precision": self.history["environment"]["precision"],
-            "history": json.dumps(self.history),
+            "history": json.dumps(self.history),  # a dict of many floats would be slow to load
             "weights": self.model.state_dict(),
         }
         if resumable:
@@ -190,7 +193,7 @@ class Run:
         # The state of the report's final model is 1.9 GB: where disks are slow, save it seldom.
         self.save_at = ended + max(SAVE_SECONDS, 40 * (ended - began))
         if number:
-            words = [word for word in sys.argv if word not in ("--resume", "--overwrite")]
+            words = [word for word in self.command if word not in ("--resume", "--overwrite")]
             go_on = format_command([*words, "--resume"])
             stop(f"{signal.Signals(number).name}: {unsaved}go on with {go_on}", 128 + number)
 
@@ -206,7 +209,15 @@ class Run:
             left = timedelta(seconds=round((self.args.epochs - epoch - share) * seconds / share))
             place = f"{epoch + 1:>3}/{self.args.epochs}  batch {done}/{len(self.batch_sizes)}"
             line = f"{place}  {rate:,.0f} images/s  {left} left"
-            print(f"{line:<76}", end="\r", file=sys.stderr, flush=True)
+            width = min(len(HEADER), terminal_columns() - 1)  # a wrapped line would stay
+            print(f"{line[:width]:<{width}}", end="\r", file=sys.stderr, flush=True)
+
+
+def terminal_columns():
+    """Return how many characters a line of the terminal behind stderr has."""
+    with contextlib.suppress(OSError, ValueError):  # it may be a terminal of Python's own
+        return os.get_terminal_size(sys.stderr.fileno()).columns or 80
+    return 80
 
 
 def stop(reason, code):
@@ -225,7 +236,7 @@ def lay_out_as_parameters(optimizer):
                 state[name] = torch.empty_like(parameter).copy_(value)
 
 
-def find_run(args):
+def find_checkpoint(args):
     """Return the checkpoint that a run of these options goes on from, or None where it begins.
     ValueError if the name is taken, without --resume or by other options, or its file is gone."""
     checkpoint, history = (args.out / (args.name + suffix) for suffix in (".pt", ".json"))
@@ -253,18 +264,21 @@ def find_run(args):
 
 
 def is_finished(saved, args):
-    """Whether a checkpoint is of a run that has all its epochs. Writes its history again if a kill
-    kept it from saying so, or if it is lost."""
-    history, path = json.loads(saved["history"]), args.out / f"{args.name}.json"
-    if not history["finished"] or len(history["epochs"]) < args.epochs:
-        return False
+    """Whether a checkpoint is of a run that has all its epochs."""
+    history = json.loads(saved["history"])
+    return history["finished"] and len(history["epochs"]) >= args.epochs
+
+
+def restore_history(saved, args):
+    """Write the history of a finished run again if a kill kept it from saying that it is finished,
+    or if it is lost."""
+    path = args.out / f"{args.name}.json"
     with contextlib.suppress(OSError, ValueError):
         if read_history(path)["finished"]:
-            return True
+            return
     if RANK == 0:
-        write_history(path, history)
+        write_history(path, json.loads(saved["history"]))
         print(f"train.py: {path} is written again; its test is evaluate.py's", file=sys.stderr)
-    return True
 
 
 @contextlib.contextmanager
@@ -272,68 +286,64 @@ def claim(out, name):
     """Keep other processes from training a run of this name in this folder: ValueError if one does.
     The claim ends with the process, however that ends; its file .NAME.lock stays."""
     out.mkdir(parents=True, exist_ok=True)
-    with open(out / f".{name}.lock", "w") as lock:
+    with open(out / f".{name}.lock", "w") as file:
         try:
-            if fcntl:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(file)
         except BlockingIOError as error:
             raise ValueError(f"another process is training {out / name}") from error
-        except OSError as error:  # some file systems have no locks
-            reason = f"{error.strerror}: nothing keeps a second run of {name} out of {out}"
-            print(f"train.py: warning: {reason}", file=sys.stderr)
         for part in out.glob(f"{glob.escape(name)}.pt.*.part"):  # what a killed run was writing
             part.unlink()
         yield
 
 
-def write_checkpoint(path, checkpoint):
-    """Save a dict of tensors and plain values. OSError if that fails; what was there stays."""
+@contextlib.contextmanager
+def restored_signals():
+    """Leave the handlers of signals as they were: a run may be one of many things that a Python
+    session does."""
+    before = {number: signal.getsignal(number) for number in STOPS}
     try:
-        write_atomically(path, lambda file: torch.save({"format": FORMAT} | checkpoint, file))
-    except RuntimeError as error:  # so torch.save reports a failed write
-        reason = str(error.__context__ or error).partition("\n")[0]
-        raise OSError(f"{path}: {reason}") from error
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def load_checkpoint(path):
-    """Return what a run saved, a dict with `config`, `weights` and the rest. Nothing in it is
-    run, and every part has to match its checksum. OSError or ValueError say what is wrong."""
-    path = Path(path)
-    path.open("rb").close()  # missing or unreadable is told as that
+def describe_run(model, device, precision):
+    """Return what a history says of a model and of what it is trained with and where."""
+    parameters = sum(p.numel() for p in model.parameters())
+    where = describe_environment(device, precision)
+    return {"environment": where, "parameters": parameters, "macs": count_macs(model)}
+
+
+def describe_environment(device, precision):
+    """Return what a run is made with, as its history keeps it."""
+    threads = torch.get_num_threads()
+    kind = f"{platform.machine()}, {threads} threads"
+    if device.type == "cuda":
+        kind = torch.cuda.get_device_name(device)
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "device": f"{device} ({kind})",
+        "precision": precision,
+        "threads": threads,
+        "commit": find_commit(),
+    }
+
+
+def find_commit():
+    """Return the commit of these scripts as git describes it, or None. A repository that they only
+    lie in, or that the environment names, does not count."""
+    here = Path(__file__).resolve().parent
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
+    environment["GIT_CEILING_DIRECTORIES"] = str(here.parent)
+    git = ["git", "-C", here, "describe", "--always", "--dirty"]
     try:
-        with zipfile.ZipFile(path) as archive:
-            for entry in archive.infolist():  # PyTorch does not read what is marked as a folder
-                if entry.compress_type != zipfile.ZIP_STORED or entry.external_attr:
-                    raise ValueError(f"{entry.filename} in it is compressed or a folder")
-            if archive.testzip() is not None:
-                raise ValueError("it is damaged: a checksum does not match")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if checkpoint["format"] != FORMAT:
-            raise ValueError(f"its format is {checkpoint['format']!r}, now it is {FORMAT!r}")
-    except Exception as error:  # a damaged file can make the readers raise nearly anything
-        what = f"{path} is not a whole checkpoint of train.py ({explain(error)})"
-        raise ValueError(what) from error
-    return checkpoint
-
-
-def load_model(path):
-    """Return the trained network in a checkpoint, in evaluation mode on the CPU. Its attributes
-    `classes`, `config` and `precision` are the names of what it tells apart, the options of its run
-    and the precision of that. OSError or ValueError say what is wrong with the file."""
-    checkpoint = load_checkpoint(path)
-    try:
-        config, precision = checkpoint["config"], checkpoint["precision"]
-        classes = CLASSES[config["dataset"]]
-        with torch.device("meta"):  # without memory, whatever the config says
-            model = build_model(config, len(classes))
-        model.classes, model.config, model.precision = classes, config, precision
-        model.load_state_dict(checkpoint["weights"], assign=True)
-        model.float().to(memory_format=torch.contiguous_format)  # a GPU's has channels together
-        model.requires_grad_(False).eval()(torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE))
-    except Exception as error:  # a config can hold anything
-        what = f"{path}: its weights do not fit its options ({explain(error)})"
-        raise ValueError(what) from error
-    return model
+        output = subprocess.check_output(git, stderr=subprocess.DEVNULL, env=environment)
+        return output.decode().strip()
+    except (OSError, ValueError, subprocess.CalledProcessError):  # no git, no repository
+        return None
 
 
 def format_command(words):
@@ -346,13 +356,8 @@ def format_command(words):
 def format_epoch(epoch, epochs):
     """Return an epoch of the history as a line under HEADER."""
     return (
-        f"{epoch['epoch']:>3}/{epochs:<3} {epoch['lr']:>9.6f}"
+        f"{epoch['epoch']:>3}/{epochs:<3} {epoch['lr']:>9.3g}"
         f"  {epoch['train_loss']:>10.4f}  {epoch['train_accuracy']:>6.2f}"
         f"  {epoch['val_loss']:>10.4f}  {epoch['val_accuracy']:>6.2f}"
         f"  {epoch['seconds']:>7.1f}  {epoch['images_per_second']:>8,.0f}"
     )
-
-
-def explain(error):
-    """Return an exception's type and text as one line that is not too long."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

@@ -25,6 +25,7 @@ from torch import nn
 import fast
 from data import AUGMENTATIONS, CLASSES, derive_seed, hold_out, load
 from device import (
+    LOCAL_RANK,
     PRECISIONS,
     RANK,
     SHARE,
@@ -32,51 +33,62 @@ from device import (
     all_reduce,
     autocast,
     barrier,
-    choose_device,
     choose_precision,
-    describe_environment,
     distribute,
-    print0,
+    distribute_loss,
+    join_processes,
+    set_up_device,
 )
-from history import to_path
-from model import DEFAULTS, GATES, build_model, count_macs, initialise_whitening, predict
-from run import Run, claim, find_run, is_finished, stop
+from history import harden_output, to_path
+from model import DEFAULTS, GATES, build_model, initialise_whitening, predict
+from run import (
+    Run,
+    claim,
+    describe_run,
+    find_checkpoint,
+    is_finished,
+    restore_history,
+    restored_signals,
+    stop,
+)
 
 OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}
 MOST_HALVINGS = 5  # 32x32 to a single pixel
 
 
-def train(args, saved):
+def train(args, command, saved):
     """Train the run of these options to its last epoch, from where it was saved, if it was.
     Ends the process if it is stopped; OSError and ValueError say why it cannot begin."""
-    device = choose_device(args.device)
+    device = set_up_device(args.device, LOCAL_RANK)
+    join_processes(device)
     # A run goes on in the precision that it began in, on whatever processor.
     precision = saved["precision"] if saved else choose_precision(device, args.precision)
     amp = autocast(device, precision)
     fast.FORM = args.mix  # of the blocks' sums
     train_set, validation_set = load_data(args, device)
+    steps = math.ceil(len(train_set) / args.batch_size)  # of an epoch
     model = make_model(args, train_set, device, precision)
     optimizer = make_optimizer(model, args)
-    criterion = nn.CrossEntropyLoss(reduction="sum", label_smoothing=args.label_smoothing)
+    criterion = distribute_loss(nn.CrossEntropyLoss(label_smoothing=args.label_smoothing))
     network = torch.compile(distribute(model)) if args.compile else distribute(model)
     info = describe_run(model, device, precision)
     # Restores what was saved, or writes the first files.
-    run = Run(args, saved, len(train_set), info, model, optimizer)
+    run = Run(args, command, saved, len(train_set), info, model, optimizer)
 
     first, start = run.position  # epoch and step: (0, 0), or where the run was saved
     for epoch in range(first, args.epochs):
         model.train()
         batches = train_set.batches(args.batch_size, args.seed, epoch, start, args.augment, SHARE)
         for step, (x, labels) in enumerate(batches, start):
-            lr = learning_rate(args, epoch, step, len(run.batch_sizes))
+            lr = learning_rate(args, epoch, step, steps)
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["factor"]
             torch.manual_seed(derive_seed(args.seed, epoch, step, RANK))  # for dropout
             with amp:
                 logits = network(x)
-                loss = criterion(logits, labels) / run.batch_sizes[step]  # of a process, its share
+                loss = criterion(logits, labels)
             optimizer.zero_grad()
-            (WORLD_SIZE * loss).backward()  # shares add up, DistributedDataParallel averages
+            loss.backward()
             optimizer.step()
             correct = (logits.argmax(1) == labels).sum()
             run.log_batch(epoch, step, lr, loss, correct)  # saves if it is time to; may stop
@@ -99,7 +111,7 @@ def validate(model, batches, amp):
 
 def load_data(args, device):
     """Return the training and validation images of the options, on the device. Validation is on the
-    test images or on those held out. ValueError if there are not as many as are asked for."""
+    test images or on those held out. ValueError if there are not as many as the options need."""
     if RANK > 0:
         barrier()  # the first process may have to download
     train_set = load(args.dataset, args.data_dir)
@@ -111,7 +123,22 @@ def load_data(args, device):
         barrier()
     if args.limit and args.limit > len(train_set):
         raise ValueError(f"--limit {args.limit}: there are {len(train_set)} training images")
-    return train_set[: args.limit].to(device), validation_set.to(device)
+    train_set = train_set[: args.limit]
+    refuse_single_images(args, len(train_set), device)
+    return train_set.to(device), validation_set.to(device)
+
+
+def refuse_single_images(args, images, device):
+    """ValueError if an epoch of so many images would leave batch normalisation a single number to
+    normalise: one image, halved to one pixel. On CPUs each process normalises its own share."""
+    least = 2 * WORLD_SIZE if device.type == "cpu" else 2
+    last = images % args.batch_size or args.batch_size
+    one_pixel = len(set(args.downsample)) == MOST_HALVINGS
+    if args.norm == "batch" and one_pixel and last < least:
+        raise ValueError(
+            f"--batch-size {args.batch_size}: the last batch of {images} images has {last}, and "
+            f"--norm batch needs {least} where --downsample leaves one pixel: give another"
+        )
 
 
 def make_model(args, train_set, device, precision):
@@ -151,15 +178,6 @@ def learning_rate(args, epoch, step, steps):
         done, all_steps = epoch * steps + step, args.epochs * steps
         return args.lr * min((done + 1) / (0.2 * all_steps), (all_steps - done) / (0.8 * all_steps))
     return args.lr
-
-
-def describe_run(model, device, precision):
-    """Return what a history says of the model and where it trains; print it, too."""
-    where = describe_environment(device, precision)
-    parameters, macs = sum(p.numel() for p in model.parameters()), count_macs(model)
-    print0(f"{parameters:,} parameters, {macs:,} multiply-accumulates an image")
-    print0(f"on {where['device']}, {precision}")
-    return {"environment": where, "parameters": parameters, "macs": macs}
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -244,16 +262,18 @@ def parse_args(argv=None):
     add("--reported", nargs="+", default=[], **percent, help="published accuracies")
     args = parser.parse_args(argv)
     args.augment = [name for name in AUGMENTATIONS if name in args.augment]  # each once, in order
-    args.name = args.name or "-".join(map(str, [args.dataset, *args.arch, f"k{args.k}"]))
-    args.name += f"-seed{args.seed}" if args.seed else ""
+    if args.name is None:
+        args.name = "-".join(map(str, [args.dataset, *args.arch, f"k{args.k}"]))
     refuse_contradictions(args, parser)
+    args.name += f"-seed{args.seed}" if args.seed else ""
     return args
 
 
 def refuse_contradictions(args, parser):
     """Refuse options that contradict each other."""
-    if args.name != Path(args.name).name or args.name == ".." or not args.name.isprintable():
-        parser.error(f"--name {args.name!r} becomes part of file names; --out takes the folder")
+    name = args.name
+    if not name or name != Path(name).name or name == ".." or not name.isprintable():
+        parser.error(f"--name {name!r} becomes part of file names; --out takes the folder")
     if args.resume and args.overwrite:
         parser.error("--resume goes on with a run and --overwrite replaces it: give one of them")
     halving, blocks = set(args.downsample), len(args.arch)
@@ -263,6 +283,11 @@ def refuse_contradictions(args, parser):
             f"--downsample {numbers}: --arch has blocks 1 to {blocks}, at most {MOST_HALVINGS} of "
             "which can halve the images"
         )
+    if args.batch_size % WORLD_SIZE:
+        parser.error(
+            f"--batch-size {args.batch_size}: {WORLD_SIZE} processes have equal shares of a batch: "
+            "give a multiple"
+        )
     try:
         make_optimizer(nn.Linear(1, 1), args)
     except (TypeError, ValueError) as error:  # such as a momentum that it does not take
@@ -271,13 +296,18 @@ def refuse_contradictions(args, parser):
 
 def main(argv=None):
     """Train the run that the options say; failures exit with a line and code 1."""
-    args = parse_args(argv)
+    command = sys.argv if argv is None else ["train.py", *argv]
+    args = parse_args(command[1:])
     try:
-        with claim(args.out, args.name) if RANK == 0 else contextlib.nullcontext():
-            saved = find_run(args)
+        with (
+            claim(args.out, args.name) if RANK == 0 else contextlib.nullcontext(),
+            restored_signals(),
+        ):
+            saved = find_checkpoint(args)
             if saved and is_finished(saved, args):
+                restore_history(saved, args)
                 stop(f"{args.out / args.name}.json is finished: nothing to do", 0)
-            train(args, saved)
+            train(args, command, saved)
     except (OSError, ValueError) as error:
         sys.exit(f"train.py: error: {error}")
     except RuntimeError as error:
@@ -294,4 +324,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    harden_output()
     main()

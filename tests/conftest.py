@@ -14,8 +14,9 @@ import pytest
 import data
 import evaluate
 import train
+from checkpoint import load_checkpoint
 from history import read_history
-from run import Run, load_checkpoint
+from run import Run
 
 ROOT = Path(__file__).parent.parent
 CIFAR10 = ROOT / "data"

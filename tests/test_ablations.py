@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import sys
 
 import pytest
@@ -48,7 +49,7 @@ def replay(tmp_path):
         calls.write_text("")
         dashes = [] if "--" in arguments else ["--"]
         command = ["bash", script, *arguments, *dashes, *(["--out", out] if out else [])]
-        result = execute(*command, **environment, **more)
+        result = execute(*command, **environment | more)
         return result, [json.loads(line) for line in calls.read_text().splitlines()]
 
     return run
@@ -197,6 +198,40 @@ def test_an_unknown_row_is_refused_before_anything_runs(replay, row):
     result, calls = replay("row4", row)
     assert result.returncode == 2
     assert f"there is no row '{row}'" in result.stderr
+    assert calls == []
+
+
+@pytest.mark.parametrize("option", [["--name", "mine"], ["--name=mine"]])
+def test_a_name_is_refused_since_rows_have_their_own(replay, option):
+    result, calls = replay("row4", "--", *option)
+    assert result.returncode == 2
+    assert "rows have names of their own" in result.stderr
+    assert calls == []
+
+
+@pytest.mark.parametrize("launch", ["python3.99", "nice -n 1 python3.99"])
+def test_the_interpreter_of_the_launcher_runs_all_scripts(replay, tmp_path, launch):
+    (tmp_path / "bin" / "python").rename(tmp_path / "bin" / "python3.99")
+    write_program(tmp_path / "bin" / "python", "#!/bin/sh\nexit 1\n")
+    result, calls = replay("row4", LAUNCH=launch)
+    assert result.returncode == 0, result.stderr
+    assert [call[0] for call in calls] == ["train.py", "evaluate.py", "plot.py"]
+
+
+def test_where_there_is_no_python_python3_will_do(replay, tmp_path):
+    programs = tmp_path / "bin"
+    (programs / "python").rename(programs / "python3")
+    for name in ("bash", "basename", "dirname", "readlink", "env"):
+        (programs / name).symlink_to(shutil.which(name))
+    result, calls = replay("row4", PATH=str(programs))
+    assert result.returncode == 0, result.stderr
+    assert [call[0] for call in calls] == ["train.py", "evaluate.py", "plot.py"]
+
+
+def test_a_launcher_that_is_not_there_is_refused_before_anything_runs(replay):
+    result, calls = replay("row4", LAUNCH="torchrunn --standalone")
+    assert result.returncode == 1
+    assert "there is no program 'torchrunn'" in result.stderr
     assert calls == []
 
 

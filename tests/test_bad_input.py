@@ -9,8 +9,8 @@ from conftest import TINY, ended, files
 import evaluate
 import plot
 import train
+from checkpoint import FORMAT, load_checkpoint
 from history import write_history
-from run import FORMAT, load_checkpoint
 
 NO_CHOICE = "dataset gate pool init optimizer norm schedule augment precision mix".split()
 OUT_OF_RANGE = (

@@ -16,9 +16,9 @@ import data
 import evaluate
 import fast
 import train
+from checkpoint import load_checkpoint, load_model
 from history import hyperparameters, read_history, write_history
 from model import Block, build_model
-from run import load_checkpoint, load_model
 
 RED, BLUE = (Image.new("RGB", (40, 30), colour) for colour in ("red", "blue"))
 SHAPE = data.draw_shapes(1, seed=0)

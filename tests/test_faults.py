@@ -16,8 +16,9 @@ from conftest import TINY, ended, ending, files
 import data
 import run as run_module
 import train
+from checkpoint import load_checkpoint
 from history import read_history
-from run import claim, load_checkpoint
+from run import claim
 
 OPTIONS = [*TINY, *"--name run --limit 120 --batch-size 8 --epochs 3 --augment crop flip".split()]
 

@@ -8,8 +8,9 @@ from conftest import RECIPE, ended, ending, files, without_times
 import evaluate
 import fast
 import train
+from checkpoint import load_checkpoint
 from history import read_history
-from run import Run, load_checkpoint
+from run import Run
 
 NETWORKS = {
     "report": "--augment crop flip",

@@ -15,8 +15,9 @@ import data
 import evaluate
 import plot
 import train
+from checkpoint import load_checkpoint
 from history import read_history
-from run import Run, load_checkpoint
+from run import Run
 from train import make_model, make_optimizer, parse_args
 
 CPU = torch.device("cpu")
