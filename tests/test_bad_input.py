@@ -31,11 +31,15 @@ USAGE |= {
     "--downsample 3": "--downsample 3: --arch has blocks 1 to 2",
     "--arch 4 4 4 4 4 4 --downsample 1 2 3 4 5 6": "at most 5 of which can halve the images",
     "--name a/b": "--name 'a/b'",
+    "--name=": "--name ''",
+    "--out=": "--out: it is empty",
+    "--data-dir=": "--data-dir: it is empty",
     "--name ..": "--name '..'",
     "--name a\udcff": "--name 'a\\udcff'",
     "--resume --overwrite": "give one of them",
     "--hold 500": "unrecognized arguments: --hold",
 }
+HALVED = "--arch 4 4 4 4 4 --downsample 1 2 3 4 5 --norm batch"  # to one pixel
 FAILURES = {
     "--device cuda:99": "--device cuda:99 does not work here",
     "--device meta": "--device meta does not work here",
@@ -46,7 +50,10 @@ FAILURES = {
     "--dataset cifar10 --data-dir GONE": "cifar-10-batches-py is missing or damaged",
     "--dataset cifar10 --data-dir BATCH": "--dataset shapes",
     "--dataset cifar10 --data-dir FILE": "FILE/cifar-10-batches-py is missing or damaged",
+    "--dataset cifar10 --data-dir ARCHIVE": "cifar-10-python.tar.gz is damaged, and a download",
     "--out FILE": "FILE",
+    f"{HALVED} --limit 97": "--batch-size 32: the last batch of 97 images has 1, and --norm batch",
+    f"{HALVED} --batch-size 1": "--batch-size 1: the last batch",
     "--arch 2000000000 2000000000": "a smaller network",
 }
 WRONG = [(2, *usage) for usage in USAGE.items()] + [(1, *failure) for failure in FAILURES.items()]
@@ -57,6 +64,8 @@ def places(tmp_path, monkeypatch):
     """Folders and a file to name by mistake; the current folder is theirs."""
     (tmp_path / "BATCH" / "cifar-10-batches-py").mkdir(parents=True)
     (tmp_path / "BATCH" / "cifar-10-batches-py" / "data_batch_1").write_bytes(b"cut off")
+    (tmp_path / "ARCHIVE").mkdir()
+    (tmp_path / "ARCHIVE" / "cifar-10-python.tar.gz").write_bytes(b"half of it")
     (tmp_path / "FILE").write_text("a file")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["train.py"])
@@ -82,6 +91,7 @@ def test_plot_names_a_folder_it_cannot_write_to(history, places, refused):
     assert "FILE" in refused(plot.main, ["run.json", "--out", "FILE"])
 
 
+SMALL = {"arch": [4], "fc": 0, "dataset": "shapes"}
 PART = "is not a whole checkpoint of train.py"
 
 
@@ -117,11 +127,10 @@ def of(config, **weights):
         (flipped, "a checksum does not match"),
         (older, "its format is 'gated multi-convolution checkpoint 2', now it is"),
         (lambda path: None, "No such file"),
-        (
-            of({"arch": [4], "dataset": "shapes"}, weight=torch.zeros(3)),
-            "its weights do not fit its options",
-        ),
+        (of(SMALL, weight=torch.zeros(3)), "its weights do not fit its options"),
         (of(["arch"]), "its weights do not fit its options"),
+        (of(SMALL | {"fc": 10**7}), "10,000,001 layers, but 0 tensors of weights"),
+        (of(SMALL, w=torch.zeros(1).expand(10**12)), "w is larger than what is stored of it"),
     ],
 )
 def test_a_wrong_checkpoint_is_refused(write, message, places, refused):

@@ -1,9 +1,14 @@
+import threading
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from conftest import CIFAR10, needs_cifar10
 
 import data
+from history import lock
 
 
 def numbered(count):
@@ -30,6 +35,45 @@ def test_the_normalisation_is_that_of_the_training_images(dataset):
         assert values == pytest.approx(expected, abs=1e-4, rel=0)
 
 
+@pytest.fixture
+def archive_alone(monkeypatch):
+    """CIFAR10, of one image, that is there when it has been unpacked; what unpacked it, in turn."""
+    unpacked = []
+
+    class CIFAR10(torchvision.datasets.CIFAR10):
+        def __init__(self, root, train, download=False):
+            if download:
+                unpacked.append(threading.current_thread().name)
+            if not unpacked:
+                raise RuntimeError("not found")
+            self.data, self.targets = np.zeros((1, 32, 32, 3), np.uint8), [0]
+
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", CIFAR10)
+    return unpacked
+
+
+def test_of_two_processes_that_miss_cifar10_the_second_waits_and_says_so(
+    archive_alone, tmp_path, capsys
+):
+    with open(tmp_path / ".cifar10.lock", "w") as first:
+        lock(first)
+        second = threading.Thread(target=data.load, args=("cifar10", tmp_path), name="second")
+        second.start()
+        second.join(0.5)
+        assert second.is_alive() and archive_alone == []
+    second.join(10)
+    assert archive_alone == ["second"]
+    assert capsys.readouterr().err == (
+        f"waiting for another process that puts CIFAR-10 into {tmp_path}\n"
+    )
+
+
+def test_cifar10_that_is_there_needs_no_lock(archive_alone, tmp_path):
+    archive_alone.append("somebody")
+    assert len(data.load("cifar10", tmp_path)) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_shapes_are_the_same_every_time_and_the_test_images_are_others():
     train, test = data.load("shapes"), data.load("shapes", train=False)
     assert torch.equal(train.images[:100], data.draw_shapes.__wrapped__(10_000, 0).images[:100])
@@ -52,6 +96,16 @@ def test_hold_out_takes_the_same_number_of_every_class_and_leaves_the_rest():
     numbers = torch.cat([train.images, held.images])[:, 0, 0, 0]
     assert sorted(numbers.tolist()) == list(range(200))
     assert torch.equal(held.images, data.hold_out(numbered(200), 50)[1].images)
+
+
+def test_the_last_images_of_each_class_are_held_out():
+    _, held = data.hold_out(numbered(200), 30)
+    assert held.images[:, 0, 0, 0].tolist() == list(range(170, 200))
+    shuffled = numbered(200)[torch.randperm(200, generator=torch.Generator().manual_seed(0))]
+    _, held = data.hold_out(shuffled, 30)
+    for label in range(10):
+        members = shuffled.images[shuffled.labels == label, 0, 0, 0]
+        assert torch.equal(held.images[held.labels == label, 0, 0, 0], members[-3:])
 
 
 @pytest.mark.parametrize("count", [5, 200])

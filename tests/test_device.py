@@ -1,9 +1,12 @@
+import contextlib
 import os
 import runpy
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from conftest import RECIPE, ROOT, TINY, execute
 
 import device
 import fast
+import run as run_module
 from history import read_history
 
 CPU = torch.device("cpu")
@@ -43,13 +47,119 @@ def test_auto_is_float32_where_onednn_may_not_use_them():
     assert result.stdout == "float32\n", result.stderr
 
 
+@pytest.mark.parametrize("precision, emulated", [("bfloat16", False), ("float32", True)])
+def test_auto_is_float32_on_gpus_that_emulate_bfloat16(monkeypatch, precision, emulated):
+    support = Mock(return_value=not emulated)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", support)
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+    assert device.choose_precision(torch.device("cuda", 0)) == precision
+    support.assert_called_once_with(including_emulation=False)
+
+
+GROUPS = {  # files of control groups, and how many cores they allow
+    "v2": ("0::/job/step", {"job/step/cpu.max": "150000 100000", "cpu.max": "max 100000"}, 1.5),
+    "v2, of a container": ("0::/outside", {"cpu.max": "100000 50000"}, 2),
+    "v2, of a group around": ("0::/a/b", {"a/cpu.max": "50000 100000", "a/b/cpu.max": "9 9"}, 0.5),
+    "v2, no limit": ("0::/", {"cpu.max": "max 100000"}, None),
+    "v1": (
+        "4:cpu,cpuacct:/a\n5:memory:/a b",
+        {"cpu,cpuacct/a/cpu.cfs_quota_us": "300000", "cpu,cpuacct/a/cpu.cfs_period_us": "100000"},
+        3,
+    ),
+    "v1, no limit": (
+        "4:cpu:/",
+        {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"},
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("own, files, cores", GROUPS.values(), ids=GROUPS)
+def test_the_quota_of_a_container_is_found(tmp_path, own, files, cores):
+    (tmp_path / "cgroup").write_text(own + "\n")
+    for name, text in files.items():
+        (tmp_path / "root" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "root" / name).write_text(text + "\n")
+    assert fast.read_cpu_quota(tmp_path / "root", tmp_path / "cgroup") == cores
+
+
+@pytest.mark.parametrize(
+    "cores, asked, threads",
+    [(1.5, None, 1), (0.3, None, 1), (9, None, 2), (None, None, 2), (1, "2", 2)],
+)
+def test_a_quota_limits_the_threads_unless_their_number_is_asked_for(
+    monkeypatch, cores, asked, threads
+):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if asked:
+        monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    monkeypatch.setattr(fast, "read_cpu_quota", lambda: cores)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    used = [2]
+    monkeypatch.setattr(torch, "set_num_threads", used.append)
+    fast.limit_threads()
+    assert used[-1] == threads
+
+
 @pytest.mark.parametrize("git", [None, "exit 128", r"printf '\351'"])
 def test_without_git_or_a_repository_there_is_no_commit(monkeypatch, tmp_path, git):
     if git:  # what it prints need not be UTF-8
         (tmp_path / "git").write_text(f"#!/bin/sh\n{git}\n")
         (tmp_path / "git").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert device.describe_environment(CPU, "float32")["commit"] is None
+    assert run_module.describe_environment(CPU, "float32")["commit"] is None
+
+
+@pytest.fixture
+def repository(tmp_path):
+    """Another repository, with a commit."""
+    git = ["git", "-C", tmp_path, "-c", "user.name=n", "-c", "user.email=e"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "of others"], check=True)
+    return tmp_path
+
+
+def test_the_commit_is_of_these_scripts_whatever_the_environment_names(monkeypatch, repository):
+    expected = run_module.find_commit()
+    monkeypatch.setenv("GIT_DIR", str(repository / ".git"))
+    assert run_module.find_commit() == expected
+
+
+def test_scripts_that_lie_in_another_repository_have_no_commit(monkeypatch, repository):
+    (repository / "unpacked").mkdir()
+    monkeypatch.setattr(run_module, "__file__", str(repository / "unpacked" / "run.py"))
+    assert run_module.find_commit() is None
+    monkeypatch.setattr(run_module, "__file__", str(repository / "run.py"))
+    assert run_module.find_commit() is not None
+
+
+def test_a_test_is_of_one_process_whatever_the_environment_says(run, tmp_path):
+    run()
+    cluster = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    result = execute(sys.executable, "evaluate.py", str(tmp_path / "run.pt"), **cluster)
+    assert "Final Model Test Accuracy: " in result.stdout, result.stderr
+
+
+@pytest.mark.parametrize("size", ["", "two", "-1"])
+def test_a_number_of_processes_that_is_none_is_refused(run, refused, monkeypatch, size):
+    monkeypatch.setenv("WORLD_SIZE", size)
+    assert f"WORLD_SIZE={size!r} in the environment is not a number" in refused(run)
+
+
+def test_a_process_says_that_it_waits_for_others_and_where(monkeypatch, capsys):
+    monkeypatch.setattr(device, "WORLD_SIZE", 2)
+    monkeypatch.setattr(device, "PATIENCE", 0)
+    monkeypatch.setenv("MASTER_ADDR", "node1")
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+
+    def come_late(backend):
+        time.sleep(0.2)
+        raise RuntimeError("late")
+
+    monkeypatch.setattr(device.dist, "init_process_group", come_late)
+    with pytest.raises(ValueError, match="do not meet at node1:. .late"):
+        device.join_processes(CPU)
+    assert "process 0 of 2 waits for the others at node1:?" in capsys.readouterr().err
 
 
 def train_with_two(folder, *options):

@@ -3,6 +3,7 @@ import multiprocessing
 import os
 import random
 import resource
+import shlex
 import shutil
 import signal
 import sys
@@ -11,7 +12,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import TINY, ended, ending, files
+from conftest import TINY, ended, ending, execute, files
 
 import data
 import run as run_module
@@ -28,7 +29,6 @@ def in_process(folder, options, file_size, save_seconds):
     resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
     sys.stderr = open(folder / "stderr", "w", buffering=1)
     sys.stdout = open(os.devnull, "w")
-    sys.argv = ["train.py", "--name", "my run", "--overwrite"]
     torch.set_num_threads(1)
     draw = data.draw_shapes
     data.draw_shapes = lambda count, seed: draw(min(count, 250), seed)
@@ -90,14 +90,14 @@ def test_a_killed_run_goes_on_to_the_same_end(whole, tmp_path, number):
 
 @pytest.mark.parametrize("kind, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_saves_the_state_and_says_how_to_go_on(whole, tmp_path, kind, code):
-    process = start(tmp_path, save_seconds=1000)
+    process = start(tmp_path, "--name", "run", "--overwrite", save_seconds=1000)
     while not (tmp_path / "run.json").exists():
         time.sleep(0.01)
     os.kill(process.pid, kind)
     assert finish(process) == code
     (line,) = (tmp_path / "stderr").read_text().splitlines()
-    go_on = "go on with python train.py --name 'my run' --resume"
-    assert line == f"train.py: {kind.name}: {go_on}"
+    words = [*OPTIONS, "--out", str(tmp_path), "--name", "run", "--resume"]
+    assert line == f"train.py: {kind.name}: go on with python train.py {shlex.join(words)}"
     assert "state" in load_checkpoint(tmp_path / "run.pt")
     assert finish(start(tmp_path, "--resume")) == 0
     assert ending(tmp_path) == whole[0]
@@ -140,6 +140,26 @@ def test_a_disk_that_is_full_from_the_start_lets_no_run_begin(tmp_path):
     (line,) = (tmp_path / "stderr").read_text().splitlines()
     assert line.startswith("train.py: error: ") and "run.pt" in line
     assert set(files(tmp_path)) == {"stderr"}
+
+
+def test_a_run_goes_on_when_nobody_reads_what_it_prints(tmp_path):
+    options = [*OPTIONS, "--out", str(tmp_path)]
+    command = shlex.join([sys.executable, "train.py", *options])
+    result = execute("bash", "-c", f"{command} 2>/dev/full | head -1; exit ${{PIPESTATUS[0]}}")
+    assert result.returncode == 0
+    assert "parameters" in result.stdout and "epoch" not in result.stdout
+    assert read_history(tmp_path / "run.json")["finished"]
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_that_cannot_flush_is_written_to_all_the_same(run, monkeypatch, number):
+    monkeypatch.setattr(os, "fsync", Mock(side_effect=OSError(number, "not here")))
+    assert run()["finished"]
+
+
+def test_a_disk_that_fails_to_flush_is_told(run, monkeypatch):
+    monkeypatch.setattr(os, "fsync", Mock(side_effect=OSError(errno.EIO, "Input/output error")))
+    assert "Input/output error" in ended(run)
 
 
 def test_a_run_needs_no_stderr(run, monkeypatch):
@@ -192,8 +212,8 @@ def test_a_validation_loss_that_is_not_finite_stops_the_run(run, tmp_path, capsy
 
 def test_a_file_system_without_locks_is_a_warning(run, monkeypatch, capsys, tmp_path):
     error = OSError(errno.ENOSYS, "Function not implemented")
-    monkeypatch.setattr(run_module.fcntl, "flock", Mock(side_effect=error))
+    monkeypatch.setattr("fcntl.flock", Mock(side_effect=error))
     assert run()["finished"]
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("train.py: warning: Function not implemented")
+    assert line.startswith("warning: Function not implemented")
     assert str(tmp_path) in line

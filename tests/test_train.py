@@ -1,12 +1,16 @@
+import _signal
 import functools
 import io
 import math
+import os
+import signal
+from pathlib import Path
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, evaluate_in, files, needs_cifar10, weights, without_times
+from conftest import ROOT, TINY, ended, evaluate_in, files, needs_cifar10, weights, without_times
 from torch.optim import SGD, Adagrad, Adam, AdamW, RMSprop
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -49,7 +53,24 @@ def test_a_run_leaves_its_history_and_its_checkpoint(run, tmp_path):
     assert [epoch["epoch"] for epoch in history["epochs"]] == [1, 2]
     assert history["environment"]["precision"] == "float32"
     assert history["environment"]["threads"] == torch.get_num_threads()
-    assert load_checkpoint(tmp_path / "run.pt")["config"] == history["config"]
+    assert history["config"]["data_dir"] == "data"  # as it is typed
+    place = {"data_dir": str(Path("data").absolute())}  # evaluate.py may be run elsewhere
+    assert load_checkpoint(tmp_path / "run.pt")["config"] == history["config"] | place
+
+
+def test_the_command_of_a_history_is_what_one_types_beside_the_scripts(run, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["/somewhere/a notebook's kernel"])
+    command = run("--lr 0.01")["command"]
+    assert command.startswith("python train.py --dataset shapes ")
+    assert command.endswith("--lr 0.01")
+
+
+def test_training_from_python_leaves_the_signals_handlers_as_they_were(run, monkeypatch):
+    monkeypatch.setattr(signal, "signal", _signal.signal)  # not the one of other tests
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    run()
+    ended(run, "--overwrite --lr 2e9 --optimizer sgd")
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
 def test_the_training_loss_of_an_epoch_is_the_mean_over_its_images(run):
@@ -203,6 +224,27 @@ def test_progress_is_one_line_on_a_terminal(run, monkeypatch):
     assert first.rstrip().endswith(" left")
     assert end == ""  # what follows takes its place
     assert "\n" not in terminal.getvalue()
+
+
+def test_progress_fits_a_narrow_terminal(run, monkeypatch):
+    terminal = io.StringIO()
+    terminal.isatty, terminal.fileno = lambda: True, lambda: 2
+    monkeypatch.setattr("sys.stderr", terminal)
+    monkeypatch.setattr("os.get_terminal_size", lambda number: os.terminal_size((30, 20)))
+    run()
+    assert {len(line) for line in terminal.getvalue().split("\r")[:-1]} == {29}
+
+
+def test_a_small_learning_rate_is_printed_as_it_is(run, capsys):
+    run("--lr 3e-7 --schedule none")
+    assert "  1/2       3e-07  " in capsys.readouterr().out
+
+
+def test_a_batch_that_processes_cannot_share_equally_is_refused(monkeypatch, refused):
+    monkeypatch.setattr(train, "WORLD_SIZE", 3)
+    line = refused(parse_args, ["--batch-size", "128"], code=2)
+    assert "--batch-size 128: 3 processes have equal shares of a batch" in line
+    assert parse_args(["--batch-size", "129"]).batch_size == 129
 
 
 def test_a_name_is_made_from_the_options():
