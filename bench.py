@@ -47,9 +47,9 @@ ROWS = {  # of ablations.sh and recipe.sh: options of train.py, less those of th
 }
 
 
-class TextbookBlock(textbook.Block):
-    """The textbook's block for `best`, with what the report's blocks have not: max pooling, batch
-    norm and residual are those of a block of ours."""
+class BestBlock(textbook.Block):
+    """A block of `best` with the textbook's sum. What the report's blocks have not, max pooling,
+    batch norm and residual, is that of a block of ours."""
 
     def __init__(self, block):
         k, outputs = block.gate_linear.out_features, block.norm.num_features
@@ -160,7 +160,7 @@ def build_textbook_step(args, device, precision):
     train_set = make_images(args)
     if args.norm == "batch":  # best
         model = train.make_model(args, train_set, torch.device("cpu"), "float32")
-        model.backbone = nn.Sequential(*map(TextbookBlock, model.backbone))
+        model.backbone = nn.Sequential(*map(BestBlock, model.backbone))
     else:
         model = textbook.build_model(args)
     model.to(device)

@@ -16,9 +16,9 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("outputs, downsample", [(6, False), (7, False), (6, True)])
-def test_the_textbook_block_of_best_computes_what_ours_does(outputs, downsample):
+def test_the_textbooks_block_of_best_computes_what_ours_does(outputs, downsample):
     ours = Block(6, outputs, k=2, norm="batch", downsample=downsample, residual=True)
-    theirs = bench.TextbookBlock(ours)
+    theirs = bench.BestBlock(ours)
     theirs.load_state_dict(as_textbook(ours.state_dict(), k=2))
     x = torch.randn(4, 6, 16, 16)
     torch.testing.assert_close(theirs(x), ours(x))
