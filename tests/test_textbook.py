@@ -58,7 +58,7 @@ def parse_row(row, options=""):
     return args
 
 
-def test_rows_1_to_5_and_final_are_the_textbooks():
+def test_the_rows_that_it_can_train_are_1_to_5_and_final():
     assert list(ROWS) == ["row1", "row2", "row3", "row4", "row5", "final"]
 
 
