@@ -5,9 +5,9 @@ python bench.py --only step                    # a part of it
 python bench.py --json results/bench/cpu.json  # keep the seconds
 
 Blocks are timed forward and backward, beside a matrix product of as many operations as one
-convolution has. Steps are of training: ours in the precision that `auto` means here, the
-textbook's, what a good student writes from the report's text, in float32, too. What is compared has
-a process each and takes turns: printed are medians, and ratios to the first, taken turn by turn.
+convolution has. Steps are of training: ours in the precision that `auto` means here, those of
+textbook.py in float32, too. What is compared has a process each and takes turns: printed are
+medians, and ratios to the first, taken turn by turn.
 """
 
 import argparse
@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fast
+import textbook
 import train
 from data import Dataset
 from device import autocast, choose_precision, set_up_device
@@ -47,23 +48,18 @@ ROWS = {  # of ablations.sh and recipe.sh: options of train.py, less those of th
 }
 
 
-class TextbookBlock(nn.Module):
-    """A block as the report writes it: k convolutions, their outputs weighted and added."""
+class BestBlock(textbook.Block):
+    """A block of `best` with the textbook's sum. What the report's blocks have not, max pooling,
+    batch norm and residual, is that of a block of ours."""
 
     def __init__(self, block):
-        super().__init__()
-        inputs, k = block.convs.in_channels, block.gate_linear.out_features
-        outputs = block.convs.out_channels // k
-        self.convs = nn.ModuleList(nn.Conv2d(inputs, outputs, 3, padding=1) for _ in range(k))
+        k, outputs = block.gate_linear.out_features, block.norm.num_features
+        super().__init__(block.convs.in_channels, outputs, k, relu=False)
         self.convs.requires_grad_(block.convs.weight.requires_grad)  # whitening kernels are fixed
-        self.gate_linear = nn.Linear(inputs, k)
         self.pool, self.norm, self.residual = block.pool, block.norm, block.residual
 
     def forward(self, x):
-        coefficients = self.gate_linear(x.mean(dim=(2, 3))).softmax(dim=1)
-        outputs = [conv(x) for conv in self.convs]
-        weighted = [a[:, None, None, None] * o for a, o in zip(coefficients.unbind(1), outputs)]
-        y = F.relu(self.norm(self.pool(sum(weighted))))
+        y = F.relu(self.norm(self.pool(super().forward(x))))
         return x + y if self.residual else y
 
 
@@ -140,17 +136,13 @@ def build_product(macs, device, precision):
     return lambda: left @ right
 
 
-def build_training(args, device, precision, textbook=False):
-    """Return a function that does a training step of train.py's options on random images."""
-    if not textbook:
-        set_up_device(str(device))  # keeps memory
-    torch.manual_seed(args.seed)
-    images = torch.randint(256, (1_000, 3, 32, 32), dtype=torch.uint8)
-    train_set = Dataset(images, torch.randint(10, (1_000,)), args.dataset)
+def build_step(args, device, precision):
+    """Return a function that does a training step of train.py's options, ours; it returns the
+    loss."""
+    set_up_device(str(device))  # keeps memory
+    train_set = make_images(args)
     model = train.make_model(args, train_set, device, precision)
-    if textbook:
-        model.backbone = nn.Sequential(*map(TextbookBlock, model.backbone)).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), fused=device.type == "cuda" or not textbook)
+    optimizer = train.make_optimizer(model, args)
     x, labels = next(train_set.to(device).batches(args.batch_size))
 
     def step():
@@ -162,6 +154,33 @@ def build_training(args, device, precision, textbook=False):
         return loss.detach()
 
     return step
+
+
+def build_textbook_step(args, device, precision):
+    """Return a function that does the same as textbook.py does it."""
+    train_set = make_images(args)
+    if args.norm == "batch":  # best
+        model = train.make_model(args, train_set, torch.device("cpu"), "float32")
+        model.backbone = nn.Sequential(*map(BestBlock, model.backbone))
+    else:
+        model = textbook.build_model(args)
+    model.to(device)
+    criterion, optimizer = nn.CrossEntropyLoss(), torch.optim.AdamW(model.parameters(), lr=args.lr)
+    batch = next(train_set.to(device).batches(args.batch_size))
+
+    def step():
+        with autocast(device, precision):
+            loss, _ = textbook.run_epoch(model, [batch], criterion, device, optimizer)
+        return loss
+
+    return step
+
+
+def make_images(args):
+    """Return random images with random labels, and make what is random from here on repeatable."""
+    torch.manual_seed(args.seed)
+    images = torch.randint(256, (1_000, 3, 32, 32), dtype=torch.uint8)
+    return Dataset(images, torch.randint(10, (1_000,)), args.dataset)
 
 
 def list_forms(device, precision):
@@ -186,10 +205,9 @@ def list_steps(device, precision):
     """Yield each row, and functions that build its training step, ours and then the textbook's."""
     for row, options in ROWS.items():
         args = train.parse_args(options.split())
-        build = partial(build_training, args, device)
-        forms = {f"ours, {precision}": partial(build, precision)}
+        forms = {f"ours, {precision}": partial(build_step, args, device, precision)}
         for other in sorted({precision, "float32"}):
-            forms[f"textbook, {other}"] = partial(build, other, textbook=True)
+            forms[f"textbook, {other}"] = partial(build_textbook_step, args, device, other)
         yield f"training step of {row}, batch {args.batch_size}", forms
 
 

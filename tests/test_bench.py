@@ -1,9 +1,11 @@
 import json
 import time
+from concurrent.futures import ThreadPoolExecutor
 from unittest.mock import Mock
 
 import pytest
 import torch
+from test_textbook import as_textbook
 
 import bench
 import fast
@@ -13,15 +15,13 @@ from model import Block
 CPU = torch.device("cpu")
 
 
-def test_the_textbook_block_computes_what_ours_does():
-    ours = Block(5, 7, k=3)
-    textbook = bench.TextbookBlock(ours)
-    kernels = zip(ours.convs.weight.chunk(3), ours.convs.bias.chunk(3))
-    for conv, (weight, bias) in zip(textbook.convs, kernels):
-        conv.load_state_dict({"weight": weight, "bias": bias})
-    textbook.gate_linear.load_state_dict(ours.gate_linear.state_dict())
-    images = torch.randn(4, 5, 16, 16)
-    torch.testing.assert_close(textbook(images), ours(images))
+@pytest.mark.parametrize("outputs, downsample", [(6, False), (7, False), (6, True)])
+def test_the_textbooks_block_of_best_computes_what_ours_does(outputs, downsample):
+    ours = Block(6, outputs, k=2, norm="batch", downsample=downsample, residual=True)
+    theirs = bench.BestBlock(ours)
+    theirs.load_state_dict(as_textbook(ours.state_dict(), k=2))
+    x = torch.randn(4, 6, 16, 16)
+    torch.testing.assert_close(theirs(x), ours(x))
 
 
 class Inline:  # instead of a process of its own
@@ -64,25 +64,32 @@ def test_a_call_is_timed_alone_where_it_takes_long(monkeypatch):
     assert step.call_count == 6
 
 
-def test_the_results_are_written_as_json(monkeypatch, tmp_path):
-    monkeypatch.setattr(bench, "compare", lambda what, forms, workers: [what, *forms])
-    bench.main(["--device", "cpu", "--json", str(tmp_path / "new" / "cpu.json"), "--only", "step"])
+def test_all_parts_are_timed_printed_and_kept_as_json(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(fast, "FORM", "auto")  # is set back
+    # Quicker than processes; all run their steps, though as threads they time the last one's.
+    monkeypatch.setattr(bench, "ProcessPoolExecutor", lambda count, _: ThreadPoolExecutor(count))
+    monkeypatch.setattr(bench, "TURNS", 1)
+    monkeypatch.setattr(bench, "SHAPES", [(4, 8, 8, 3)])
+    monkeypatch.setattr(bench, "ROWS", {"row 4": f"{bench.ROWS['row 4']} --batch-size 2"})
+    bench.main(["--device", "cpu", "--json", str(tmp_path / "new" / "cpu.json")])
     report = json.loads((tmp_path / "new" / "cpu.json").read_text())
     assert f"{torch.get_num_threads()} threads" in report["device"]
-    assert report["results"][0][0] == "training step of row 4, batch 128"
-    assert report["results"][0][-1] == "textbook, float32"
+    block, step = report["results"]
+    assert block["what"] == "4 to 8, 8x8, k = 3, batch 512"
+    assert step["what"] == "training step of row 4, batch 2"
+    assert "textbook, float32" in step["seconds"]
+    printed = capsys.readouterr().out
+    for result in (block, step):
+        assert all(name in printed for name in (result["what"], *result["seconds"]))
 
 
-@pytest.mark.parametrize("textbook", [False, True])
-def test_a_training_step_trains(textbook):
-    options = "--arch 4 4 8 --fc 1 --norm batch --downsample 2 --residual --init whiten"
+BEST = "--arch 4 4 8 --fc 1 --norm batch --downsample 2 --residual --init whiten"
+
+
+@pytest.mark.parametrize("build", [bench.build_step, bench.build_textbook_step])
+@pytest.mark.parametrize("options", ["--arch 4 8 --fc 1 --lr 0.01", BEST], ids=["report", "best"])
+def test_a_training_step_trains(options, build):
     args = train.parse_args(f"{options} --batch-size 8".split())
-    step = bench.build_training(args, CPU, "float32", textbook)
+    step = build(args, CPU, "float32")
     losses = [step() for _ in range(20)]
     assert losses[-1] < losses[0]
-
-
-def test_blocks_and_products_can_be_built_and_run(monkeypatch):
-    monkeypatch.setattr(fast, "FORM", "auto")  # is set back
-    bench.build_block("kernels", (4, 8, 8, 3), 2, CPU, "bfloat16")()
-    assert bench.build_product(2 * 2048**2, CPU, "bfloat16")().shape == (2048, 3)

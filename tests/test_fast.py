@@ -1,9 +1,14 @@
-from unittest.mock import MagicMock
+import json
+import re
+from statistics import median
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
+from test_textbook import as_textbook, gradients, textbook_block
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fast
 from device import autocast
@@ -24,25 +29,36 @@ def form(request, monkeypatch):
     return request.param
 
 
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize(
-    "network, shape",
-    [
-        (Block(3, 8, k=3), (4, 3, 16, 12)),
-        (Block(8, 4, k=2), (1, 8, 16, 12)),
-        (Block(6, 6, k=1), (5, 6, 16, 12)),
-        (build_model(BEYOND), (4, 3, 32, 32)),
-    ],
-)
-def test_all_forms_have_the_same_output_and_gradients(network, shape, layout, form, monkeypatch):
-    network.double().to(memory_format=layout)
-    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    x, results = torch.randn(shape, dtype=torch.double, requires_grad=True), []
-    for _ in ("this form", "as the report writes it"):
-        y = network(x)
-        results.append([y, *torch.autograd.grad((y**3).sum(), [x, *trained])])
-        monkeypatch.setattr(fast, "FORM", "outputs")
-    torch.testing.assert_close(*results, atol=1e-8, rtol=1e-8)
+@pytest.fixture(params=[torch.contiguous_format, torch.channels_last], ids=["apart", "together"])
+def layout(request):
+    """How the channels of a pixel lie in memory."""
+    return request.param
+
+
+def values(network, x):
+    """What a network makes of x, the gradient of x, and those of the network's weights."""
+    x = x.clone().requires_grad_()
+    network.zero_grad()
+    y = network(x)
+    (y**3).sum().backward()
+    return [y, x.grad, gradients(network)]
+
+
+@pytest.mark.parametrize("images, inputs, outputs, k", [(4, 3, 8, 3), (1, 8, 4, 2), (5, 6, 6, 1)])
+def test_all_forms_have_the_textbooks_values(images, inputs, outputs, k, layout, form):
+    block = Block(inputs, outputs, k).double().to(memory_format=layout)
+    x = torch.randn(images, inputs, 16, 12, dtype=torch.double)
+    y, grad, grads = values(block, x)
+    expected = values(textbook_block(block), x)
+    torch.testing.assert_close([y, grad, as_textbook(grads, k)], expected, atol=1e-8, rtol=1e-8)
+
+
+def test_all_forms_agree_in_a_network_that_goes_beyond_the_report(layout, form, monkeypatch):
+    network = build_model(BEYOND).double().to(memory_format=layout)
+    x = torch.randn(4, 3, 32, 32, dtype=torch.double)
+    ours = values(network, x)
+    monkeypatch.setattr(fast, "FORM", "outputs")
+    torch.testing.assert_close(ours, values(network, x), atol=1e-8, rtol=1e-8)
 
 
 @pytest.mark.parametrize("outputs", [8, 32])  # narrow gradients are computed in float32
@@ -96,25 +112,48 @@ def test_no_images_have_no_loss_and_gradients_of_zero(form, precision):
     assert all(weights.grad.abs().max() == 0 for weights in model.parameters())
 
 
-def test_the_form_depends_on_size_width_and_precision():
-    def choose(width, size, precision, inputs=8, layout=torch.contiguous_format):
-        block, x = Block(inputs, width, 3), torch.zeros(1, inputs, size, size)
-        block, x = block.to(memory_format=layout), x.to(memory_format=layout)
-        with autocast(x.device, precision):
-            return fast.choose_form(x, block.coefficients(x), block.convs)
+def measured(file):
+    """Each block in a file of bench.py: its precision, what it is, and the seconds of each form."""
+    report = json.loads((ROOT / "results" / "bench" / file).read_text())
+    for row in report["results"]:
+        seconds = {form: median(row["seconds"][form]) for form in fast.FORMS}
+        name = f"{row['what']}, {report['precision']}"
+        yield pytest.param(report["precision"], row["what"], seconds, id=name)
 
-    shapes = (8, 16), (8, 8), (4, 16)
-    assert [choose(*shape, "float32") for shape in shapes] == ["kernels", "outputs", "outputs"]
-    assert [choose(*shape, "bfloat16") for shape in shapes] == ["kernels", "outputs", "kernels"]
-    shapes = (32, "bfloat16", 128), (32, "bfloat16", 64), (16, "bfloat16", 128)
-    together = [choose(8, *shape, torch.channels_last) for shape in shapes]
-    assert together == ["kernels", "outputs", "outputs"]
-    batch = {batch: MagicMock(is_cuda=True, shape=(batch, 256, 32, 32)) for batch in (16, 128)}
-    on_gpu = []
-    for images, x in batch.items():
-        x.__len__.return_value = images
-        on_gpu.append(fast.choose_form(x, torch.ones(images, 3), nn.Conv2d(256, 3 * 512, 3)))
-    assert on_gpu == ["outputs", "kernels"]
+
+def choose(inputs, outputs, size, k, batch, precision="float32", **options):
+    """The form that `auto` takes for a block."""
+    convs, x = nn.Conv2d(inputs, k * outputs, 3), torch.empty(1, inputs, size, size)
+    x, coefficients = x.to(**options).expand(batch, -1, -1, -1), torch.empty(batch, k)
+    with autocast(CPU, precision):
+        return fast.choose_form(x, coefficients, convs)
+
+
+@pytest.mark.parametrize(
+    "precision, what, seconds", [*measured("forms-cpu.json"), *measured("forms-cpu-float32.json")]
+)
+def test_auto_is_the_form_that_was_measured_to_be_the_fastest(precision, what, seconds):
+    inputs, outputs, size, _, k, batch = map(int, re.findall(r"\d+", what))
+    chosen = choose(inputs, outputs, size, k, batch, precision)
+    assert seconds[chosen] == min(seconds.values())
+
+
+@pytest.mark.parametrize(
+    "inputs, outputs, size, fastest",
+    [(64, 128, 32, "outputs"), (128, 256, 32, "kernels"), (128, 128, 16, "outputs")],
+)
+def test_so_it_is_on_cpus_with_amx(inputs, outputs, size, fastest):
+    together = torch.channels_last
+    assert choose(inputs, outputs, size, 3, 1, "bfloat16", memory_format=together) == fastest
+
+
+def test_on_a_gpu_auto_mixes_kernels_in_the_wide_blocks_of_final_alone():
+    with FakeTensorMode():  # there need not be one
+        final, row2, best = (
+            choose(*block, 128, device="cuda")
+            for block in ((256, 512, 32, 3), (128, 256, 32, 2), (256, 256, 8, 2))
+        )
+    assert (final, row2, best) == ("kernels", "outputs", "outputs")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
