@@ -97,12 +97,6 @@ def autocast(device, precision):
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16")
 
 
-def print0(text):
-    """Print, if this is the first process."""
-    if RANK == 0:
-        print(text, flush=True)
-
-
 def barrier():
     """Go on when all processes are here."""
     if WORLD_SIZE > 1:

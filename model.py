@@ -129,13 +129,15 @@ class Classifier(nn.Sequential):
 
 def build_model(options, classes=10):
     """Return the network of a dict of options: those it lacks are DEFAULTS, others are ignored. It
-    is an nn.Sequential of `backbone` and `classifier`: (N, 3, 32, 32) -> logits (N, classes)."""
+    is an nn.Sequential of `backbone` and `classifier`: (N, 3, 32, 32) -> logits (N, classes). Its
+    attribute `macs` is what count_macs says of it."""
     options = DEFAULTS | options
     block = {name: options[name] for name in ("k", "gate", "norm", "downsample", "residual")}
     backbone = Backbone(options["arch"], relu=options["block_relu"], **block)
     head = {name: options[name] for name in ("pool", "fc", "hidden", "dropout", "logit_scale")}
     classifier = Classifier(options["arch"][-1], backbone.size, classes, **head)
     model = nn.Sequential(OrderedDict(backbone=backbone, classifier=classifier))
+    model.macs = count_macs(model)
     if options["init"] == "he":
         model.apply(initialise_he)
     return model

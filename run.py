@@ -28,9 +28,8 @@ import torchvision
 from torch.distributed import ReduceOp
 
 from checkpoint import explain, load_checkpoint, write_checkpoint
-from device import RANK, WORLD_SIZE, all_reduce, barrier, leave, print0
+from device import RANK, WORLD_SIZE, all_reduce, barrier, leave
 from history import hyperparameters, lock, read_history, write_history
-from model import count_macs
 
 SAVE_SECONDS = 60  # from one saved state to the next, or 40 times what saving takes
 STOPS = signal.SIGINT, signal.SIGTERM  # the signals that save a run and end it
@@ -220,6 +219,12 @@ def terminal_columns():
     return 80
 
 
+def print0(text):
+    """Print, if this is the first process."""
+    if RANK == 0:
+        print(text, flush=True)
+
+
 def stop(reason, code):
     """End this process with an exit code; the first of several says why."""
     if RANK == 0:
@@ -305,14 +310,15 @@ def restored_signals():
         yield
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            if handler is not None:  # it was not Python's
+                signal.signal(number, handler)
 
 
 def describe_run(model, device, precision):
     """Return what a history says of a model and of what it is trained with and where."""
     parameters = sum(p.numel() for p in model.parameters())
     where = describe_environment(device, precision)
-    return {"environment": where, "parameters": parameters, "macs": count_macs(model)}
+    return {"environment": where, "parameters": parameters, "macs": model.macs}
 
 
 def describe_environment(device, precision):

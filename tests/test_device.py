@@ -1,5 +1,6 @@
 import contextlib
 import os
+import re
 import runpy
 import signal
 import subprocess
@@ -23,27 +24,17 @@ OPTIONS = [*TINY, *"--limit 91 --batch-size 30 --dropout 0 --augment crop flip".
 LONG = "--epochs 40 --schedule none --optimizer sgd --lr 0.01 --holdout 100".split()
 
 
-@pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
-@pytest.mark.parametrize("has_it", [True, False])
-def test_auto_is_bfloat16_where_the_cpu_has_instructions_for_it(monkeypatch, machine, has_it):
-    monkeypatch.setattr(device.platform, "machine", lambda: machine)
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "the best")
-    x86 = machine == "x86_64"
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_it and x86)
-    monkeypatch.setattr(fast, "ONEDNN_HAS_BFLOAT16", has_it or x86)
-    assert device.choose_precision(CPU) == ("bfloat16" if has_it else "float32")
+def test_auto_is_bfloat16_where_the_cpu_has_instructions_for_it():
+    has_them = re.search(r"\b(avx512_bf16|bf16)\b", Path("/proc/cpuinfo").read_text())
+    assert device.choose_precision(CPU) == ("bfloat16" if has_them else "float32")
     assert device.choose_precision(CPU, "bfloat16") == "bfloat16"
     assert device.choose_precision(CPU, "float32") == "float32"
 
 
-def test_auto_is_float32_where_pytorch_may_not_use_them(monkeypatch):
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    assert device.choose_precision(CPU) == "float32"
-
-
-def test_auto_is_float32_where_onednn_may_not_use_them():
+@pytest.mark.parametrize("limit", [{"ONEDNN_MAX_CPU_ISA": "AVX2"}, {"ATEN_CPU_CAPABILITY": "avx2"}])
+def test_auto_is_float32_where_they_may_not_be_used(limit):
     code = "import device, torch; print(device.choose_precision(torch.device('cpu')))"
-    result = execute(sys.executable, "-c", code, ONEDNN_MAX_CPU_ISA="AVX2")
+    result = execute(sys.executable, "-c", code, **limit)
     assert result.stdout == "float32\n", result.stderr
 
 

@@ -1,4 +1,3 @@
-import _signal
 import functools
 import io
 import math
@@ -25,6 +24,7 @@ from run import Run
 from train import make_model, make_optimizer, parse_args
 
 CPU = torch.device("cpu")
+SIGNAL = signal.signal
 COSINE = [0.0005 * (1 + math.cos(math.pi * t / 4)) for t in range(4)]
 CONSTANT = ("--schedule none --lr 0.01", [0.01, 0.01])
 
@@ -66,7 +66,7 @@ def test_the_command_of_a_history_is_what_one_types_beside_the_scripts(run, monk
 
 
 def test_training_from_python_leaves_the_signals_handlers_as_they_were(run, monkeypatch):
-    monkeypatch.setattr(signal, "signal", _signal.signal)  # not the one of other tests
+    monkeypatch.setattr(signal, "signal", SIGNAL)  # as it is outside of these tests
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     run()
     ended(run, "--overwrite --lr 2e9 --optimizer sgd")
