@@ -21,7 +21,7 @@ from PIL import Image, ImageOps
 
 import gallery
 from data import Dataset, load
-from device import PRECISIONS, autocast, choose_device
+from device import PRECISIONS, autocast, choose_device, explain_out_of_memory
 from history import hyperparameters, read_history, to_path, write_history
 from model import IMAGE_SIZE, predict
 from run import load_checkpoint, load_model, write_checkpoint
@@ -263,6 +263,13 @@ def main(argv=None):
                 evaluate(path, args)
         except (OSError, ValueError) as error:
             print(f"evaluate.py: error: {error}", file=sys.stderr)
+            failed = True
+        except (RuntimeError, MemoryError) as error:
+            reason = explain_out_of_memory(error)
+            if not reason:
+                raise
+            advice = "free some memory, or try --device cpu"
+            print(f"evaluate.py: error: {path}: {reason}: {advice}", file=sys.stderr)
             failed = True
         except KeyboardInterrupt:
             sys.exit(130)
