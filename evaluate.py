@@ -4,10 +4,12 @@
     python evaluate.py runs/final.pt --tta            # ... and those with test-time augmentation
     python evaluate.py runs/final.pt --image cat.jpg dog.png     # the likeliest classes of photos
     python evaluate.py runs/final.pt --export weights/final.pt   # the weights alone, half as large
+    python evaluate.py /input/final.pt --out runs     # all files to runs/, /input is left as it is
 
 The model is rebuilt from the checkpoint alone. A test also writes runs/final-wrong.png, the most
 confidently misclassified images; plot.py draws the other metrics. Photos need no data set: they
-are cropped to a square and shrunk, and drawn with the predictions in runs/final-predictions.png.
+are cropped to a square and shrunk, and drawn with the predictions in runs/final-predictions.png,
+those after the first 20 in runs/final-predictions-2.png and so on.
 """
 
 import argparse
@@ -33,6 +35,7 @@ from run import load_checkpoint, load_model, write_checkpoint
 BINS = 15  # of confidence
 WRONG = 36  # misclassified images kept
 PHOTO = 256  # pixels, the longer side of a photo as it is drawn
+PAGE = 20  # photos in one picture
 ORIENTATION = 0x0112  # EXIF's tag for how the camera was held, and what undoes it
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -50,36 +53,77 @@ BRANDS |= {b"mif1": "HEIF", b"msf1": "HEIF", b"avif": "AVIF", b"avis": "AVIF"}
 
 
 def evaluate(path, args):
-    """Test a checkpoint: print its metrics, add them to the history beside it, draw errors."""
-    history_path = path.with_suffix(".json")
-    if args.once and history_path.exists():
-        history = read_history(history_path)
+    """Test a checkpoint: print its metrics, add them to its history, draw errors."""
+    folder = args.out or path.parent
+    if args.once and (history := find_history(path, folder)):
         if "test" in history or history["config"].get("holdout") or not history["finished"]:
             return
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)  # now: a test can take minutes
     model, device, amp = open_checkpoint(path, args)
-    config, of_training = model.config, Path(model.config["data_dir"])
+    of_training = Path(model.config["data_dir"])
     data_dir = args.data_dir or (of_training if of_training.is_dir() else "data")
-    images = load(config["dataset"], data_dir, train=False)
+    images = load(model.config["dataset"], data_dir, train=False)
     batches = list(images.to(device).batches())
     metrics = measure(model, batches, amp, images.classes, args.tta)
+    print_metrics(metrics)
+    with advise_out():
+        add_to_history(metrics, model.config, path, folder)
+        draw_errors(metrics["wrong"], images, folder / path.stem)
 
+
+def find_history(path, folder):
+    """Return the history beside a checkpoint, with the test that is in its copy in another folder;
+    None if there is none. ValueError if the folder has another training's under that name."""
+    beside = path.with_suffix(".json")
+    copy = folder / beside.name
+    if not beside.exists():
+        return None
+    history = read_history(beside)
+    if copy == beside or not copy.exists():
+        return history
+    copied = read_history(copy)
+    if copied | {"test": None} != history | {"test": None}:
+        raise ValueError(f"{copy} is of another training than {beside}: give another --out")
+    return history | copied
+
+
+def print_metrics(metrics):
+    """Print test metrics, the report's line last."""
     for name, accuracy in metrics["per_class"].items():
         print(f"{name:>12} {accuracy:6.2f}%")
     print(f"{'loss':>12} {metrics['loss']:7.4f}")
-    if args.tta:
+    if "tta" in metrics:
         print(f"With flip test-time augmentation: {metrics['tta']['accuracy']:.2f}%")
     print(f"Final Model Test Accuracy: {metrics['accuracy']:.2f}%")
-    history = read_history(history_path) if history_path.exists() else {"finished": False}
+
+
+def add_to_history(metrics, config, path, folder):
+    """Write the history of a checkpoint with these test metrics to a folder. If it is not finished,
+    or was meanwhile trained with options other than config, say so instead."""
+    history = find_history(path, folder) or {"finished": False}
     if history["finished"] and hyperparameters(history["config"]) == hyperparameters(config):
         history["test"] = history.get("test", {}) | metrics
-        write_history(history_path, history)
+        write_history(folder / f"{path.stem}.json", history)
     else:
         reason = "is not there, not finished or of other weights: it does not get these metrics"
-        print(f"{history_path} {reason}", file=sys.stderr)
-    indices = [one["index"] for one in metrics["wrong"]]
-    shown = images.images[indices].permute(0, 2, 3, 1).numpy()
-    figure = gallery.draw_wrong(shown, metrics["wrong"], path.stem)
-    gallery.save(figure, path.with_name(f"{path.stem}-wrong.png"))
+        print(f"{path.with_suffix('.json')} {reason}", file=sys.stderr)
+
+
+def draw_errors(wrong, images, target):
+    """Draw the misclassified images in a picture, target-wrong.png."""
+    shown = images.images[[one["index"] for one in wrong]].permute(0, 2, 3, 1).numpy()
+    figure = gallery.draw_wrong(shown, wrong, target.name)
+    gallery.save(figure, target.with_name(f"{target.name}-wrong.png"))
+
+
+@contextlib.contextmanager
+def advise_out():
+    """Let an error of the disk say what helps."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"{error}: --out FOLDER writes elsewhere") from error
 
 
 def open_checkpoint(path, args):
@@ -184,7 +228,8 @@ def add_mirrored(logits, model, batches, amp):
 
 
 def classify(path, args):
-    """Print the likeliest classes of the photos args.image, draw them; return whether all were."""
+    """Print the likeliest classes of the photos args.image, draw them; return whether every photo
+    was readable."""
     model, device, amp = open_checkpoint(path, args)
     dataset, note = model.config["dataset"], " (flip test-time augmentation)" if args.tta else ""
     classes, predictions = model.classes, []
@@ -205,10 +250,20 @@ def classify(path, args):
         print(f"{file}: " + ", ".join(f"{name} {value:.1f} %" for value, name in likeliest) + note)
         photo.thumbnail((PHOTO, PHOTO))
         predictions.append((file.name, np.array(photo), small, percentages))
-    if predictions:
-        figure = gallery.draw_predictions(predictions, classes, path.stem + note)
-        gallery.save(figure, path.with_name(f"{path.stem}-predictions.png"))
+    with advise_out():
+        draw_pages(predictions, classes, note, (args.out or path.parent) / path.stem)
     return len(predictions) == len(args.image)
+
+
+def draw_pages(predictions, classes, note, target):
+    """Draw predictions of photos in as many pictures as they need: target-predictions.png,
+    target-predictions-2.png and so on."""
+    pages = [predictions[start : start + PAGE] for start in range(0, len(predictions), PAGE)]
+    for number, page in enumerate(pages, 1):
+        place = f", {number} of {len(pages)}" if len(pages) > 1 else ""
+        figure = gallery.draw_predictions(page, classes, target.name + note + place)
+        suffix = f"-{number}" if number > 1 else ""
+        gallery.save(figure, target.with_name(f"{target.name}-predictions{suffix}.png"))
 
 
 def export(path, target):
@@ -313,6 +368,8 @@ def parse_args(argv=None):
     files = "runs/NAME.pt; metrics go to runs/NAME.json"
     add("checkpoints", type=to_path, nargs="+", metavar="checkpoint", help=files)
     add("--image", type=to_path, nargs="+", metavar="FILE", help="photos to classify, no test")
+    out = "folder to write to, where NAME.json is copied (default: that of the checkpoint)"
+    add("--out", type=to_path, metavar="FOLDER", help=out)
     add("--export", type=to_path, metavar="FILE", help="write the weights to FILE, no test")
     add("--tta", action="store_true", help="test-time augmentation, by mirror images, as well")
     once = "skip what was tested, is not finished or held images out"
@@ -324,6 +381,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.export and len(args.checkpoints) > 1:
         parser.error(f"--export writes one checkpoint, not {len(args.checkpoints)}")
+    if args.out and len({path.stem for path in args.checkpoints}) < len(set(args.checkpoints)):
+        parser.error("--out: two checkpoints have the same name: test one by one")
     return args
 
 
