@@ -97,6 +97,15 @@ def autocast(device, precision):
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16")
 
 
+def explain_out_of_memory(error):
+    """Return the first line of an error of too little memory, on any device; "" of others."""
+    reason = str(error).partition("\n")[0][:200]
+    if isinstance(error, MemoryError):
+        return reason or "out of memory"
+    words = ("alloc", "out of memory", "could not create a primitive")  # the last is oneDNN's
+    return reason if any(word in reason.lower() for word in words) else ""
+
+
 def barrier():
     """Go on when all processes are here."""
     if WORLD_SIZE > 1:

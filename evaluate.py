@@ -4,25 +4,31 @@
     python evaluate.py runs/final.pt --tta            # ... and those with test-time augmentation
     python evaluate.py runs/final.pt --image cat.jpg dog.png     # the likeliest classes of photos
     python evaluate.py runs/final.pt --export weights/final.pt   # the weights alone, half as large
+    python evaluate.py /input/final.pt --out runs     # all files to runs/, /input is left as it is
 
 The model is rebuilt from the checkpoint alone. A test also writes runs/final-wrong.png, the most
 confidently misclassified images; plot.py draws the other metrics. Photos need no data set: they
-are cropped to a square and shrunk, and drawn with the predictions in runs/final-predictions.png.
+are cropped to a square and shrunk, and drawn with the predictions in runs/final-predictions.png,
+those after the first 20 in runs/final-predictions-2.png and so on.
 """
 
 import argparse
+import contextlib
+import errno
+import io
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 import gallery
 from checkpoint import load_checkpoint, load_model, write_checkpoint
 from data import Dataset, load
-from device import PRECISIONS, autocast, set_up_device
+from device import PRECISIONS, autocast, explain_out_of_memory, set_up_device
 from history import (
     expand_patterns,
     harden_output,
@@ -36,39 +42,95 @@ from model import IMAGE_SIZE, predict
 BINS = 15  # of confidence
 WRONG = 36  # misclassified images kept
 PHOTO = 256  # pixels, the longer side of a photo as it is drawn
+PAGE = 20  # photos in one picture
+ORIENTATION = 0x0112  # EXIF's tag for how the camera was held, and what undoes it
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+BITS, PHOTOMETRIC = 0x0102, 0x0106  # TIFF's tags
+# What telephones write and PIL may lack, by the brand in the first bytes of a file.
+BRANDS = dict.fromkeys((b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx"), "HEIC")
+BRANDS |= {b"mif1": "HEIF", b"msf1": "HEIF", b"avif": "AVIF", b"avis": "AVIF"}
 
 
 def evaluate(path, args):
-    """Test a checkpoint: print its metrics, add them to the history beside it, draw errors."""
-    history_path = path.with_suffix(".json")
-    if args.once and history_path.exists():
-        history = read_history(history_path)
+    """Test a checkpoint: print its metrics, add them to its history, draw errors."""
+    folder = args.out or path.parent
+    if args.once and (history := find_history(path, folder)):
         if "test" in history or history["config"].get("holdout") or not history["finished"]:
             return
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)  # now: a test can take minutes
     model, device, amp = open_checkpoint(path, args)
-    config, of_training = model.config, Path(model.config["data_dir"])
+    of_training = Path(model.config["data_dir"])
     data_dir = args.data_dir or (of_training if of_training.is_dir() else "data")
-    images = load(config["dataset"], data_dir, train=False)
+    images = load(model.config["dataset"], data_dir, train=False)
     batches = list(images.to(device).batches())
     metrics = measure(model, batches, amp, images.classes, args.tta)
+    print_metrics(metrics)
+    with advise_out():
+        add_to_history(metrics, model.config, path, folder)
+        draw_errors(metrics["wrong"], images, folder / path.stem)
 
+
+def find_history(path, folder):
+    """Return the history beside a checkpoint, with the test that is in its copy in another folder;
+    None if there is none. ValueError if the folder has another training's under that name."""
+    beside = path.with_suffix(".json")
+    copy = folder / beside.name
+    if not beside.exists():
+        return None
+    history = read_history(beside)
+    if copy == beside or not copy.exists():
+        return history
+    copied = read_history(copy)
+    if copied | {"test": None} != history | {"test": None}:
+        raise ValueError(f"{copy} is of another training than {beside}: give another --out")
+    return history | copied
+
+
+def print_metrics(metrics):
+    """Print test metrics, the report's line last."""
     for name, accuracy in metrics["per_class"].items():
         print(f"{name:>12} {accuracy:6.2f}%")
     print(f"{'loss':>12} {metrics['loss']:7.4f}")
-    if args.tta:
+    if "tta" in metrics:
         print(f"With flip test-time augmentation: {metrics['tta']['accuracy']:.2f}%")
     print(f"Final Model Test Accuracy: {metrics['accuracy']:.2f}%")
-    history = read_history(history_path) if history_path.exists() else {"finished": False}
+
+
+def add_to_history(metrics, config, path, folder):
+    """Write the history of a checkpoint with these test metrics to a folder. If it is not finished,
+    or was meanwhile trained with options other than config, say so instead."""
+    history = find_history(path, folder) or {"finished": False}
     if history["finished"] and hyperparameters(history["config"]) == hyperparameters(config):
         history["test"] = history.get("test", {}) | metrics
-        write_history(history_path, history)
+        write_history(folder / f"{path.stem}.json", history)
     else:
         reason = "is not there, not finished or of other weights: it does not get these metrics"
-        print(f"{history_path} {reason}", file=sys.stderr)
-    indices = [one["index"] for one in metrics["wrong"]]
-    shown = images.images[indices].permute(0, 2, 3, 1).numpy()
-    figure = gallery.draw_wrong(shown, metrics["wrong"], path.stem)
-    gallery.save(figure, path.with_name(f"{path.stem}-wrong.png"))
+        print(f"{path.with_suffix('.json')} {reason}", file=sys.stderr)
+
+
+def draw_errors(wrong, images, target):
+    """Draw the misclassified images in a picture, target-wrong.png."""
+    shown = images.images[[one["index"] for one in wrong]].permute(0, 2, 3, 1).numpy()
+    figure = gallery.draw_wrong(shown, wrong, target.name)
+    gallery.save(figure, target.with_name(f"{target.name}-wrong.png"))
+
+
+@contextlib.contextmanager
+def advise_out():
+    """Let an error of the disk say what helps."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"{error}: --out FOLDER writes elsewhere") from error
 
 
 def open_checkpoint(path, args):
@@ -173,7 +235,8 @@ def add_mirrored(logits, model, batches, amp):
 
 
 def classify(path, args):
-    """Print the likeliest classes of the photos args.image, draw them; return whether all were."""
+    """Print the likeliest classes of the photos args.image, draw them; return whether every photo
+    was readable."""
     model, device, amp = open_checkpoint(path, args)
     dataset, note = model.config["dataset"], " (flip test-time augmentation)" if args.tta else ""
     classes, predictions = model.classes, []
@@ -194,10 +257,20 @@ def classify(path, args):
         print(f"{file}: " + ", ".join(f"{name} {value:.1f} %" for value, name in likeliest) + note)
         photo.thumbnail((PHOTO, PHOTO))
         predictions.append((file.name, np.array(photo), small, percentages))
-    if predictions:
-        figure = gallery.draw_predictions(predictions, classes, path.stem + note)
-        gallery.save(figure, path.with_name(f"{path.stem}-predictions.png"))
+    with advise_out():
+        draw_pages(predictions, classes, note, (args.out or path.parent) / path.stem)
     return len(predictions) == len(args.image)
+
+
+def draw_pages(predictions, classes, note, target):
+    """Draw predictions of photos in as many pictures as they need: target-predictions.png,
+    target-predictions-2.png and so on."""
+    pages = [predictions[start : start + PAGE] for start in range(0, len(predictions), PAGE)]
+    for number, page in enumerate(pages, 1):
+        place = f", {number} of {len(pages)}" if len(pages) > 1 else ""
+        figure = gallery.draw_predictions(page, classes, target.name + note + place)
+        suffix = f"-{number}" if number > 1 else ""
+        gallery.save(figure, target.with_name(f"{target.name}-predictions{suffix}.png"))
 
 
 def export(path, target):
@@ -218,17 +291,77 @@ def export(path, target):
 
 
 def read_photo(path):
-    """Return the image in a file, upright and over white: a PIL image of mode RGB.
-    Of an animation it is the first frame. ValueError says why there is none."""
+    """Return the image in a file, upright, in sRGB and over white: a PIL image of mode RGB.
+    Of an animation it is the first frame. ValueError says why there is none, and what helps."""
     try:
-        with Image.open(path) as image:
-            if image.mode.startswith(("I", "F")):  # PIL would clip it
-                raise ValueError("it has more than 8 bits a pixel: convert it")
-            image = ImageOps.exif_transpose(image).convert("RGBA")
-            white = Image.new("RGBA", image.size, "white")
-            return Image.alpha_composite(white, image).convert("RGB")
+        if not path.is_file():  # PIL would wait for what comes out of a pipe
+            raise FileNotFoundError(errno.ENOENT, "it is not there, or no file")
+        with warnings.catch_warnings():
+            # PIL warns of damaged tags, and of many pixels: twice as many are an error.
+            warnings.simplefilter("ignore")
+            with Image.open(path) as image:
+                image.load()
+                turn, profile = None, image.info.get("icc_profile")
+                with contextlib.suppress(Exception):  # damaged: the photo is used as it lies
+                    turn = TURNS.get(image.getexif().get(ORIENTATION))
+                if image.mode.startswith(("I", "F")):  # PIL would clip it
+                    image = to_8_bits(image)
+                image = to_srgb(image, profile)
+        photo = Image.new("RGB", image.size, "white")
+        photo.paste(image, mask=image)
+        return photo if turn is None else photo.transpose(turn)
     except Exception as error:  # a damaged file can make PIL's decoders raise nearly anything
-        raise ValueError(f"{path}: not there, or not a whole image ({error})") from error
+        raise ValueError(f"{path}: {explain_refusal(path, error)}") from error
+
+
+def to_8_bits(image):
+    """Return a grey image of 16 or 32 bits a pixel as one of 8. White is the end of the smallest of
+    the usual ranges that holds all pixels; if none does, the darkest is black, the lightest white.
+    """
+    pixels, tags = np.asarray(image), getattr(image, "tag_v2", {})
+    low, high = float(pixels.min()), float(pixels.max())
+    if not np.isfinite(high - low) or (low < 0 and image.mode == "I"):  # 2**31 wraps around
+        raise ValueError("a pixel is negative, NaN or infinite")
+    bits = tags.get(BITS, (16,))[0]
+    usual = {"I": (255, 65535), "F": (1, 255, 65535)}.get(image.mode, (2**bits - 1,))
+    if low >= 0 and high <= usual[-1]:
+        low, high = 0, min(top for top in usual if high <= top)
+    share = (pixels.astype(float) - low) / (high - low or 1)
+    if tags.get(PHOTOMETRIC) == 0:  # white is zero
+        share = 1 - share
+    share[pixels == image.info.get("transparency")] = 1  # over white
+    return Image.fromarray((255 * share).round().astype(np.uint8))
+
+
+def to_srgb(image, profile):
+    """Return an image as RGBA, in the colours that its ICC profile means. A profile that is damaged
+    or of another kind of image does not matter, nor does a PIL without LittleCMS."""
+    plain = image.convert("RGBA")
+    if profile:
+        mode = {"L": "L", "LA": "L", "CMYK": "CMYK"}.get(image.mode, "RGBA")
+        with contextlib.suppress(Exception):
+            profiles = io.BytesIO(profile), ImageCms.createProfile("sRGB")
+            colours = ImageCms.profileToProfile(image.convert(mode), *profiles, outputMode="RGBA")
+            colours.putalpha(plain.getchannel("A"))
+            return colours
+    return plain
+
+
+def explain_refusal(path, error):
+    """Return why a photo was not read, and what helps."""
+    if isinstance(error, Image.DecompressionBombError):
+        return f"it has more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels: make it smaller"
+    if isinstance(error, MemoryError):
+        return "it is too large for this computer's memory: make it smaller"
+    if isinstance(error, UnidentifiedImageError):
+        with path.open("rb") as file:
+            start = file.read(12)
+        if start[4:8] == b"ftyp" and start[8:] in BRANDS:
+            return f"it is {BRANDS[start[8:]]}, which PIL cannot read here: convert it to JPEG"
+        return "no image that PIL can read: convert it to JPEG"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return f"not a whole image ({' '.join(str(error).split())}): convert it to JPEG"
 
 
 def parse_args(argv=None):
@@ -241,14 +374,10 @@ def parse_args(argv=None):
     add = parser.add_argument
     files = "runs/NAME.pt; metrics go to runs/NAME.json"
     add("checkpoints", type=to_path, nargs="+", metavar="checkpoint", help=files)
-    add(
-        "--image",
-        type=to_path,
-        nargs="+",
-        default=[],
-        metavar="FILE",
-        help="photos to classify, no test",
-    )
+    photos = {"nargs": "+", "default": [], "metavar": "FILE"}
+    add("--image", type=to_path, **photos, help="photos to classify, no test")
+    out = "folder to write to, where NAME.json is copied (default: that of the checkpoint)"
+    add("--out", type=to_path, metavar="FOLDER", help=out)
     add("--export", type=to_path, metavar="FILE", help="write the weights to FILE, no test")
     add("--tta", action="store_true", help="test-time augmentation, by mirror images, as well")
     once = "skip what was tested, is not finished or held images out"
@@ -262,6 +391,8 @@ def parse_args(argv=None):
     args.image = expand_patterns(args.image)
     if args.export and len(args.checkpoints) > 1:
         parser.error(f"--export writes one checkpoint, not {len(args.checkpoints)}")
+    if args.out and len({path.stem for path in args.checkpoints}) < len(set(args.checkpoints)):
+        parser.error("--out: two checkpoints have the same name: test one by one")
     return args
 
 
@@ -279,6 +410,13 @@ def main(argv=None):
                 evaluate(path, args)
         except (OSError, ValueError) as error:
             print(f"evaluate.py: error: {error}", file=sys.stderr)
+            failed = True
+        except (RuntimeError, MemoryError) as error:
+            reason = explain_out_of_memory(error)
+            if not reason:
+                raise
+            advice = "free some memory, or try --device cpu"
+            print(f"evaluate.py: error: {path}: {reason}: {advice}", file=sys.stderr)
             failed = True
         except KeyboardInterrupt:
             sys.exit(130)

@@ -8,15 +8,37 @@ import math
 import os
 import sys
 import textwrap
+import unicodedata
+import warnings
 
 os.environ.pop("MPLBACKEND", None)  # notebooks set it to one of their own; none is used here
 import matplotlib
 import numpy as np
+from matplotlib import font_manager
 from matplotlib.figure import Figure
 
 from history import write_atomically
 
-matplotlib.rcdefaults()  # whatever the user's matplotlibrc says
+# Fonts of Linux, macOS and Windows that have the East Asian letters of names.
+EAST_ASIAN = (
+    "Noto Sans CJK SC,Noto Sans CJK JP,WenQuanYi Micro Hei,WenQuanYi Zen Hei,Droid Sans Fallback,"
+    "PingFang SC,PingFang HK,Hiragino Sans GB,Arial Unicode MS,Microsoft YaHei,Malgun Gothic"
+).split(",")
+
+
+def choose_fonts():
+    """Return the families of all text: matplotlib's own, then for letters that it lacks those of
+    the user's matplotlibrc and the East Asian ones, as far as they are installed."""
+    family, installed = matplotlib.rcParams["font.family"], font_manager.get_font_names()
+    named = [name for one in family for name in matplotlib.rcParams.get(f"font.{one}", [one])]
+    own = matplotlib.rcParamsDefault["font.sans-serif"]
+    others = [name for name in (*named, *EAST_ASIAN) if name in installed and name not in own]
+    return ["sans-serif", *dict.fromkeys(others)]
+
+
+fonts = choose_fonts()
+matplotlib.rcdefaults()  # whatever else the user's matplotlibrc says
+matplotlib.rc("font", family=fonts)
 matplotlib.rc("text", parse_math=False)  # a name may hold dollar signs
 matplotlib.rc("svg", fonttype="none")  # text stays text
 matplotlib.rc("figure", titlesize=11, dpi=200)
@@ -36,15 +58,28 @@ COLUMNS = 6  # of the misclassified images
 def start_figure(title, height):
     """An empty Figure under its title, of a page's width and that height (inches)."""
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
-    figure.suptitle(textwrap.fill(title, 80))
+    figure.suptitle(textwrap.fill(to_drawable(title), 80))
     return figure
+
+
+def to_drawable(name):
+    """Return a file's name, which need not be UTF-8 and can have several lines, as one line."""
+    return " ".join(name.encode(errors="replace").decode().split())
+
+
+def shorten(name):
+    """Return a name as it fits above a photo: East Asian letters are as wide as two others."""
+    widths = np.cumsum([2 if unicodedata.east_asian_width(c) in "FW" else 1 for c in name])
+    return name if sum(widths[-1:]) <= 28 else name[: sum(widths <= 27)] + "…"
 
 
 def save(figure, path):
     """Write a Figure to a file, the suffix gives the format, and name it on stderr.
     The folder is made if it is missing. OSError if the disk refuses."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, lambda file: figure.savefig(file, format=path.suffix[1:]))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # a box stands for it
+        write_atomically(path, lambda file: figure.savefig(file, format=path.suffix[1:]))
     print(path, file=sys.stderr)
 
 
@@ -167,7 +202,7 @@ def draw_predictions(predictions, classes, title):
     panels = figure.subplots(len(predictions), 3, squeeze=False, width_ratios=[1, 1, 1.4])
     for (photo, seen, bars), (name, image, small, probabilities) in zip(panels, predictions):
         photo.imshow(image)
-        photo.set_title(name if len(name) <= 28 else f"{name[:27]}…", fontsize=8)
+        photo.set_title(shorten(to_drawable(name)), fontsize=8)
         seen.imshow(small, interpolation="nearest")
         seen.set_title("what the network saw", fontsize=8)
         for axes in (photo, seen):

@@ -36,6 +36,7 @@ from device import (
     choose_precision,
     distribute,
     distribute_loss,
+    explain_out_of_memory,
     join_processes,
     set_up_device,
 )
@@ -310,12 +311,11 @@ def main(argv=None):
             train(args, command, saved)
     except (OSError, ValueError) as error:
         sys.exit(f"train.py: error: {error}")
-    except RuntimeError as error:
-        reason = str(error).partition("\n")[0][:200]
-        if "alloc" in reason.lower():
+    except (RuntimeError, MemoryError) as error:
+        if reason := explain_out_of_memory(error):
             advice = "a smaller network or --batch-size"
         elif args.compile:
-            advice = "without --compile"
+            reason, advice = str(error).partition("\n")[0][:200], "without --compile"
         else:
             raise
         sys.exit(f"train.py: error: {reason}: try {advice}")
