@@ -9,7 +9,7 @@ import evaluate
 import fast
 import train
 from history import read_history
-from run import Run, load_checkpoint
+from run import Run, load_checkpoint, write_checkpoint
 
 NETWORKS = {
     "report": "--augment crop flip",
@@ -98,6 +98,17 @@ def test_the_checkpoint_alone_is_enough_to_go_on(run, stop, tmp_path, monkeypatc
     monkeypatch.setattr(train, "predict", validate)
     assert without_times(run("--resume")) == whole
     assert validate.call_count == 1  # the first epoch is not repeated
+
+
+def test_a_run_goes_on_whatever_options_came_and_went_since(run, stop, tmp_path, refused):
+    whole = without_times(run())
+    stop(3, "--overwrite")
+    saved = load_checkpoint(tmp_path / "run.pt")
+    del saved["config"]["logit_scale"]
+    saved["config"]["ema"] = None
+    write_checkpoint(tmp_path / "run.pt", saved)
+    assert "logit_scale None (now 2.0)" in refused(run, "--resume --logit-scale 2")
+    assert without_times(run("--resume")) == whole
 
 
 def test_options_that_do_not_change_the_result_may_differ(run, stop):
