@@ -72,6 +72,7 @@ def read_runs(paths):
     runs, problems, begun = [], [], []
     for path in dict.fromkeys(paths):  # each once
         try:
+            # What neither a picture nor a line of the table can show is spelled out.
             text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(path))
             names = {"name": Path(text).stem, "folder": Path(text).parent, "path": path}
             run = read_history(path) | names
