@@ -24,6 +24,15 @@ except ImportError:  # Windows: there, two runs of one name are not kept apart
 
 # Options that do not change what a run computes: they may differ when it is resumed.
 NOT_HYPERPARAMETERS = set("data_dir name out device mix compile resume overwrite reported".split())
+# Options that some histories do not know, since they came later, or train.py no longer knows, and
+# the values with which they do nothing: as a run trains that does not know them.
+NEUTRAL = {
+    "bias_decay": [True],
+    "bias_lr": [None],
+    "downsample": [[], False],
+    "ema": [None],
+    "logit_scale": [1.0],
+}
 
 
 def read_history(path):
@@ -102,8 +111,13 @@ def lock(file, waiting=None):
 
 
 def hyperparameters(config):
-    """Return those options of a history's config that decide what the run computes."""
-    return {name: value for name, value in config.items() if name not in NOT_HYPERPARAMETERS}
+    """Return those options of a history's config that decide what the run computes, less those that
+    do nothing: runs of before and after an option came or went have the same."""
+    return {
+        name: value
+        for name, value in config.items()
+        if name not in NOT_HYPERPARAMETERS and value not in NEUTRAL.get(name, [])
+    }
 
 
 def to_path(text):

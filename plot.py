@@ -7,16 +7,20 @@ python plot.py runs/row4.json --format pdf --title "Row 4 of the report"
 python plot.py runs/final.json runs/best.json --minutes     # compared over time, not over epochs
 
 Runs that differ in nothing but their seed make one row: their mean, and a band from the lowest to
-the highest. A row is of its finished runs, or if it has none of the others as far as they got. A
-run that evaluate.py tested has two pictures more, runs/row4-test.png and runs/row4-gates.png.
+the highest. Where a seed is there twice, as of two machines, a row is of those that are named alike
+in a folder. It is of its finished runs, or if it has none of the others as far as they got. A run
+that evaluate.py tested has two pictures more, runs/row4-test.png and runs/row4-gates.png.
 """
 
 import argparse
 import json
+import re
 import statistics
 import sys
 import textwrap
+from collections import Counter
 from itertools import cycle, zip_longest
+from pathlib import Path
 
 import numpy as np
 
@@ -36,32 +40,56 @@ COLUMNS = ("row", "hyperparameters", "parameters", "reported", "measured", "diff
 
 
 def draw_all(args):
-    """Write every picture and the table, of the runs that have an epoch. Return what could not be
-    read or drawn, a line each."""
-    runs, problems, drawn = [], [], set()
-    for path in dict.fromkeys(args.histories):  # each once
-        try:
-            run = read_history(path) | {"name": path.stem, "path": path}
-            runs += [run] if run["epochs"] else []
-        except (OSError, ValueError) as error:
-            problems.append(error)
+    """Write every picture and the table. Return what could not be read or drawn, a line each; what
+    is left out is named on stderr."""
+    runs, problems, left_out = read_runs(args.histories)
     rows = group(runs)
+    name_apart(rows)
+    shown = {run["path"] for row in rows for run in row}
+    hidden = [run["path"] for run in runs if run["path"] not in shown]
+    left_out += [f"{path} is left out: others of its row are finished" for path in hidden]
+    if not runs:
+        return problems + left_out
+    for line in left_out:
+        print(f"plot.py: {line}", file=sys.stderr)
+    drawn = set()
     for path, name, draw, *what in list_pictures(runs, rows, args):
-        target = (args.out or path.parent) / f"{name}.{args.format}"
+        target = (args.out or path.parent) / f"{Path(name).name}.{args.format}"
         try:
             if target in drawn:
                 raise ValueError("another picture is called so; draw the histories one by one")
             save(draw(*what), target)
             drawn.add(target)
-        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-            problems.append(f"{target} is not drawn: {type(error).__name__}: {error}")
-    if rows:
-        results = tabulate(rows)
-        print(results, end="")
+        except (ArithmeticError, AttributeError, LookupError, OSError, TypeError, ValueError) as e:
+            problems.append(f"{target} is not drawn: {type(e).__name__}: {e}")
+    results = tabulate(rows)
     if len(rows) > 1:
-        folder = args.out or runs[0]["path"].parent
-        write_atomically(folder / "results.md", lambda file: file.write(results.encode()))
+        target = (args.out or runs[0]["path"].parent) / "results.md"
+        try:
+            write_atomically(target, lambda file: file.write(results.encode()))
+        except OSError as error:
+            problems.append(error)
+    print(results, end="")
     return problems
+
+
+def read_runs(paths):
+    """Return the histories that have an epoch, with the `path`, `folder` and `name` of their files,
+    then what could not be read and what has no epoch, a line each."""
+    runs, problems, begun = [], [], []
+    for path in dict.fromkeys(paths):  # each once
+        try:
+            # What neither a picture nor a line of the table can show is spelled out.
+            text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(path))
+            names = {"name": Path(text).stem, "folder": Path(text).parent, "path": path}
+            run = read_history(path) | names
+            if run["epochs"]:
+                runs.append(run)
+            else:
+                begun.append(f"{path} is left out: it has no epoch yet")
+        except (OSError, ValueError) as error:
+            problems.append(error)
+    return runs, problems, begun
 
 
 def list_pictures(runs, rows, args):
@@ -81,22 +109,62 @@ def list_pictures(runs, rows, args):
 
 
 def group(runs):
-    """Group histories into rows: runs of the same reported figures, alike but for the seed, each
-    seed once. Those of a row that are not finished are left out if others are."""
-    rows = {}
+    """Group histories into rows of runs that are alike but for the seed: of the finished ones, if
+    there are any. Where a seed is there twice, as of two machines, runs that are named alike in a
+    folder make a row. Whatever they are called, a row has a seed once."""
+
+    def options(run):
+        return json.dumps(hyperparameters(run["config"]) | {"seed": None}, sort_keys=True)
+
+    def files(run):
+        return run.get("folder"), name_less_seed(run)
+
+    rows = []
+    for alike in gather(runs, options):
+        alike = [run for run in alike if run["finished"]] or alike
+        alike.sort(key=get_seed)
+        once = len(gather(alike, get_seed)) == len(alike)
+        for family in [alike] if once else gather(alike, files):
+            layers = zip_longest(*gather(family, get_seed))
+            rows += [[run for run in layer if run] for layer in layers]
+    return rows
+
+
+def gather(runs, key):
+    """Return a list of the runs for each value of key(run), in their order."""
+    lists = {}
     for run in runs:
-        options = hyperparameters(run["config"]) | {"seed": None}
-        key = json.dumps([options, run["reported"]], sort_keys=True)
-        seeds, seed = rows.setdefault(key, {}), run["config"].get("seed", 0)
-        seeds[seed] = max(seeds.get(seed, run), run, key=lambda run: run["finished"])
-    rows = [[seeds[seed] for seed in sorted(seeds)] for seeds in rows.values()]
-    return [[run for run in row if run["finished"]] or row for row in rows]
+        lists.setdefault(key(run), []).append(run)
+    return list(lists.values())
+
+
+def get_seed(run):
+    """Return the seed of a run, 0 if its history does not say."""
+    return run["config"].get("seed", 0)
+
+
+def name_less_seed(run):
+    """Return a run's name without the -seedN at its end."""
+    return run["name"].removesuffix(f"-seed{get_seed(run)}")
 
 
 def name_row(row):
     """Return what a row is called: its first run's name, less the seed of several runs."""
-    name, seed = row[0]["name"], row[0]["config"].get("seed")
-    return name.removesuffix(f"-seed{seed}") if len(row) > 1 else name
+    return name_less_seed(row[0]) if len(row) > 1 else row[0]["name"]
+
+
+def name_apart(rows):
+    """Put their folders before the names of rows that are called alike."""
+    names = Counter(map(name_row, rows))
+    for row in rows:
+        if names[name_row(row)] > 1:
+            for run in row:
+                run["name"] = str(run["folder"] / run["name"])
+
+
+def reported_accuracies(row):
+    """Return the published accuracies (%) of a row: all that its runs were given."""
+    return list(dict.fromkeys(accuracy for run in row for accuracy in run["reported"]))
 
 
 def last_accuracies(row):
@@ -137,7 +205,7 @@ def tabulate(rows):
 
 def describe_results(row):
     """Return a row's cells in the table from "parameters" on."""
-    reported, values = row[0]["reported"], last_accuracies(row)
+    reported, values = reported_accuracies(row), last_accuracies(row)
     cells = [f"{row[0]['parameters']:,}", ", ".join(f"{x:.2f} %" for x in reported)]
     mean = statistics.fmean(values)
     result, difference = f"{mean:.2f} %", ", ".join(f"{mean - x:+.2f}" for x in reported)
@@ -236,7 +304,8 @@ def draw_comparison(rows, title, minutes=False):
     draw_dots(dots, rows, names)
     for name, row, dash, colour in zip(names, rows, cycle(DASHES), cycle(COLOURS)):
         marker = "o" if max(len(run["epochs"]) for run in row) == 1 else ""
-        draw_metric(curves, row, "val_accuracy", marker + dash, colour, name, minutes)
+        label = re.sub("^_", " _", name)  # Matplotlib hides what begins with an underscore
+        draw_metric(curves, row, "val_accuracy", marker + dash, colour, label, minutes)
     if minutes:
         curves.set_xscale("log")
         curves.minorticks_off()
@@ -253,7 +322,7 @@ def draw_dots(axes, rows, names):
         values = last_accuracies(row)
         if len(values) > 1:
             axes.plot(sorted(values), [place] * len(values), "|-", color=BLUE, label="seeds")
-        for reported in row[0]["reported"]:
+        for reported in reported_accuracies(row):
             ring = {"fillstyle": "none", "markersize": 9, "markeredgewidth": 1.5}
             axes.plot(reported, place, "o", color=ORANGE, label="reported", **ring)
         mean = statistics.fmean(values)

@@ -255,12 +255,13 @@ def find_checkpoint(args):
     if not checkpoint.exists():
         raise ValueError(f"{checkpoint} is gone: --overwrite trains the run from its beginning")
     saved = load_checkpoint(checkpoint)
-    before, now = saved["config"], hyperparameters(vars(args))
-    differ = [key for key in now if before.get(key) != now[key]]
+    before, now = saved["config"], vars(args)
+    old, new = hyperparameters(before), hyperparameters(now)
+    differ = [key for key in old | new if old.get(key) != new.get(key)]
     # Without a schedule, a longer run is the same as far as it has come.
     longer = args.schedule == "none" and args.epochs > before["epochs"]
     if differ and not (longer and differ == ["epochs"]):
-        differences = ", ".join(f"{key} {before.get(key)} (now {now[key]})" for key in differ)
+        differences = ", ".join(f"{key} {before.get(key)} (now {now.get(key)})" for key in differ)
         raise ValueError(
             f"{checkpoint} was made with other options, {differences}: give those, another --name "
             "or --out, or --overwrite"

@@ -1,11 +1,26 @@
 import io
 import json
+import re
+import shlex
 import sys
 
 import pytest
 from conftest import ROOT
 
-from history import expand_patterns, harden_output, read_history, write_history
+from checkpoint import load_checkpoint
+from history import (
+    NOT_HYPERPARAMETERS,
+    expand_patterns,
+    harden_output,
+    hyperparameters,
+    read_history,
+    write_history,
+)
+from train import parse_args
+
+COMMITTED = [path for path in sorted(ROOT.glob("results/**/*.json")) if path.parent.name != "bench"]
+TODAY = vars(parse_args([]))
+GONE = {"sharp", "cutout", "--ema"}  # what some committed histories were trained with
 
 
 def test_a_file_has_an_epoch_a_line_and_all_batch_losses_in_one(history, tmp_path):
@@ -57,3 +72,54 @@ def test_patterns_that_a_shell_left_are_expanded(tmp_path):
 def test_every_script_hardens_its_output(script):
     *_, last = (ROOT / f"{script}.py").read_text().partition('if __name__ == "__main__":\n')
     assert last == "    harden_output()\n    main()\n"
+
+
+def committed_texts():
+    for path in ROOT.glob("results/**/*.json"):
+        yield path, path.read_text()
+    path = ROOT / "weights/best.pt"
+    checkpoint = load_checkpoint(path)
+    yield path, json.dumps([checkpoint["config"], json.loads(checkpoint["history"])])
+
+
+def test_committed_files_name_no_folder_of_the_machine_they_were_made_on():
+    places = r'["\s=](~|/|[A-Z]:\\)'  # where a word begins
+    assert not [path for path, text in committed_texts() if re.search(places, text)]
+
+
+def test_a_committed_command_is_what_one_types_here():
+    commands = [read_history(path)["command"] for path in COMMITTED]
+    commands.append(json.loads(load_checkpoint(ROOT / "weights/best.pt")["history"])["command"])
+    assert {command[: command.index(" -")] for command in commands} == {"python train.py"}
+
+
+def test_every_option_that_a_history_may_lack_does_nothing_by_default():
+    known = set.intersection(*(set(read_history(path)["config"]) for path in COMMITTED))
+    assert hyperparameters(TODAY).keys() <= known  # NEUTRAL is where a new option belongs
+    assert NOT_HYPERPARAMETERS <= TODAY.keys()
+
+
+@pytest.mark.parametrize(
+    "unknown, further",
+    [
+        ([], {}),
+        (["bias_lr", "logit_scale"], {"downsample": False, "bias_decay": True, "ema": None}),
+    ],
+)
+def test_what_an_era_did_not_know_or_no_longer_does_makes_no_difference(unknown, further):
+    config = {name: value for name, value in TODAY.items() if name not in unknown} | further
+    assert hyperparameters(config) == hyperparameters(TODAY)
+
+
+@pytest.mark.parametrize("option", [{"ema": 0.99}, {"bias_decay": False}, {"logit_scale": 0.5}])
+def test_what_did_something_makes_a_difference_whether_it_is_gone_or_not(option):
+    assert hyperparameters(TODAY | option) != hyperparameters(TODAY)
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
+def test_a_committed_run_has_the_options_of_its_command_today(path):
+    history = read_history(path)
+    _, _, *words = shlex.split(history["command"])
+    if GONE & set(words):
+        pytest.skip("train.py can no longer do that")
+    assert hyperparameters(history["config"]) == hyperparameters(vars(parse_args(words)))

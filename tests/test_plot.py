@@ -2,12 +2,13 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import changed, ended, execute
+from conftest import ROOT, changed, ended, execute
 
 import gallery
 import plot
-from history import write_history
+from history import read_history, write_history
 from plot import group, tabulate
+from train import parse_args
 
 
 def values(axes):
@@ -124,10 +125,12 @@ def test_an_unfinished_run_is_drawn_as_far_as_it_got(history):
     assert values(figure.axes[1])["validation"] == [15, 30]
 
 
-def test_a_run_without_an_epoch_is_left_out(history, tmp_path):
+def test_a_run_without_an_epoch_is_named_and_left_out(history, tmp_path, capsys):
     begun = history | {"name": "begun", "epochs": [], "batch_losses": [], "finished": False}
     assert draw(*save(tmp_path, history, begun)) == 0
     assert pictures(tmp_path) == ["row4.png"]
+    assert "begun.json is left out: it has no epoch yet" in capsys.readouterr().err
+    assert "begun.json is left out: it has no epoch yet" in draw(tmp_path / "begun.json")
 
 
 def test_the_comparison_shows_reported_and_measured_accuracy_of_each_row(history):
@@ -140,6 +143,15 @@ def test_the_comparison_shows_reported_and_measured_accuracy_of_each_row(history
     rows[1][0]["finished"] = False
     dots, _ = plot.draw_comparison(rows, "").axes
     assert dots.get_yticklabels()[1].get_text() == "wide (unfinished, epoch 3 of 3)"
+
+
+def test_every_row_of_the_comparison_is_in_its_legend(history):
+    rows = group([changed(history, "_base"), changed(history, "wide", arch=[32])])
+    _, curves = plot.draw_comparison(rows, "").axes
+    assert [text.get_text().strip() for text in curves.get_legend().get_texts()] == [
+        "_base",
+        "wide",
+    ]
 
 
 def test_rows_are_compared_over_minutes(history):
@@ -228,6 +240,21 @@ def test_two_pictures_never_share_a_file(history, test, tmp_path):
     assert "another picture is called so" in draw(*paths, "--out", tmp_path / "out")
 
 
+@pytest.mark.parametrize("name", ["caf\udce9", "two\nlines", "\x07", "$x", "|"])
+def test_a_run_may_be_called_anything_that_a_file_can_be(history, name, tmp_path):
+    assert draw(*save(tmp_path, changed(history, name, k=2), history), "--format", "svg") == 0
+    assert len(list(tmp_path.glob("*.svg"))) == 3  # with the comparison
+    assert (tmp_path / "results.md").read_text("utf-8").count("\n") == 4
+
+
+def test_a_picture_that_cannot_be_written_keeps_nothing_else_from_it(history, tmp_path):
+    (tmp_path / "row4.png").mkdir()
+    problems = draw(*save(tmp_path, history, changed(history, "wide", arch=[32])))
+    assert problems.startswith(f"plot.py: error: {tmp_path / 'row4.png'} is not drawn: ")
+    assert pictures(tmp_path) == ["comparison.png", "row4.png", "wide.png"]
+    assert (tmp_path / "results.md").exists()
+
+
 def test_pictures_and_table_are_written_beside_the_histories(history, tmp_path, capsys):
     assert draw(*save(tmp_path, history, changed(history, "x" * 60, arch=[8]))) == 0
     assert pictures(tmp_path) == ["comparison.png", "row4.png", "x" * 60 + ".png"]
@@ -275,10 +302,19 @@ def test_the_table_says_what_is_not_finished_and_prefers_test_figures(history):
     assert unfinished[4] == "45.00 % (unfinished, epoch 3 of 3)"
 
 
-def test_unfinished_seeds_do_not_count_beside_finished_ones(history):
+def test_unfinished_runs_are_named_and_left_out_beside_finished_ones(history, tmp_path, capsys):
     running = changed(history, "row4-seed1", 10.0, seed=1) | {"finished": False}
     (row4,) = cells(history, running)[1:]
     assert row4[4] == "45.00 %"
+    assert draw(*save(tmp_path, history, running)) == 0
+    err = capsys.readouterr().err
+    assert "row4-seed1.json is left out: others of its row are finished" in err
+
+
+def test_a_row_is_compared_with_all_figures_that_its_runs_were_given(history):
+    other = changed(history, "row4-seed1", seed=1) | {"reported": [62.0, 61.0]}
+    (row4,) = cells(history, other)[1:]
+    assert row4[3] == "61.00 %, 62.00 %"
 
 
 def test_the_table_is_aligned_for_the_terminal(history):
@@ -287,10 +323,53 @@ def test_the_table_is_aligned_for_the_terminal(history):
     assert "a\\|long\\|name" in table
 
 
-def test_a_seed_counts_once(history):
-    again = changed(history, "row4-seed0", 99.0)
-    assert group([history, again]) == [[history]]
-    assert group([history | {"finished": False}, again]) == [[again]]
+def grouped(*paths):
+    """The rows of some files, as the paths of each."""
+    runs, problems, left_out = plot.read_runs(paths)
+    assert not problems + left_out
+    return [[run["path"] for run in row] for row in group(runs)]
+
+
+def save_seeds(folder, history, *seeds):
+    names = [f"row4-seed{seed}" if seed else "row4" for seed in seeds]
+    return save(folder, *(changed(history, name, seed=s) for name, s in zip(names, seeds)))
+
+
+def test_seeds_of_several_machines_are_one_row(history, tmp_path):
+    cpu, gpu = save_seeds(tmp_path / "cpu", history, 2, 0), save_seeds(tmp_path / "gpu", history, 1)
+    assert grouped(*cpu, *gpu) == [[cpu[1], gpu[0], cpu[0]]]
+
+
+def test_where_a_seed_is_there_twice_runs_named_alike_in_a_folder_are_a_row(history, tmp_path):
+    cpu = save_seeds(tmp_path / "cpu", history, 0)
+    gpu = save_seeds(tmp_path / "gpu", history, 0, 1, 2)
+    again = save(
+        tmp_path / "cpu", changed(history, "again"), changed(history, "again-seed1", seed=1)
+    )
+    assert grouped(*cpu, *gpu, *again) == [cpu, gpu, again]
+    assert grouped(*gpu, *again, *cpu) == [gpu, again, cpu]
+
+
+def test_a_row_has_a_seed_once_whatever_its_runs_are_called(history, tmp_path):
+    seeds = save_seeds(tmp_path, history, 0, 1)
+    again = save(tmp_path, changed(history, "row4-seed0"))
+    assert grouped(*seeds, *again) == [seeds, again]
+
+
+def test_rows_that_are_called_alike_have_their_folders_before_their_names(history, tmp_path):
+    paths = save_seeds(tmp_path / "a", history, 0, 1) + save_seeds(tmp_path / "b", history, 0)
+    draw(*paths, *save(tmp_path / "b", changed(history, "wide", k=2)), "--out", tmp_path)
+    lines = (tmp_path / "results.md").read_text().splitlines()
+    names = [line.split("|")[1].strip() for line in lines[2:]]
+    assert names == [f"{tmp_path}/a/row4", f"{tmp_path}/b/row4", "wide"]
+
+
+def test_a_seed_trained_today_joins_its_published_row(history, tmp_path):
+    published = sorted(ROOT.glob("results/rows/row4*.json"))
+    _, _, *words = read_history(published[0])["command"].split()
+    config = vars(parse_args([*words, "--seed", "3"])) | {"out": "runs", "data_dir": "data"}
+    today = save(tmp_path, history | {"name": "row4-seed3", "config": config})
+    assert grouped(*published, *today) == [published + today]
 
 
 def test_held_out_accuracies_are_not_compared_with_the_report(history):

@@ -8,7 +8,7 @@ from conftest import RECIPE, ended, ending, files, without_times
 import evaluate
 import fast
 import train
-from checkpoint import load_checkpoint
+from checkpoint import load_checkpoint, write_checkpoint
 from history import read_history
 from run import Run
 
@@ -101,6 +101,17 @@ def test_the_checkpoint_alone_is_enough_to_go_on(run, stop, tmp_path, monkeypatc
     assert validate.call_count == 1  # the first epoch is not repeated
 
 
+def test_a_run_goes_on_whatever_options_came_and_went_since(run, stop, tmp_path, refused):
+    whole = without_times(run())
+    stop(3, "--overwrite")
+    saved = load_checkpoint(tmp_path / "run.pt")
+    del saved["config"]["logit_scale"]
+    saved["config"]["ema"] = None
+    write_checkpoint(tmp_path / "run.pt", saved)
+    assert "logit_scale None (now 2.0)" in refused(run, "--resume --logit-scale 2")
+    assert without_times(run("--resume")) == whole
+
+
 def test_options_that_do_not_change_the_result_may_differ(run, stop):
     whole = run("--device cpu")
     stop(3, "--device cpu --overwrite")
@@ -127,7 +138,7 @@ def test_an_unfinished_run_can_be_tested(stop, tmp_path, capsys):
 def test_a_resumed_run_keeps_the_environment_of_its_last_start(run, stop, monkeypatch):
     stop(2, "--reported 40")
     another = {"device": "another", "precision": "float32"}
-    monkeypatch.setattr(train, "describe_environment", lambda *_: another)
+    monkeypatch.setattr("run.describe_environment", lambda *_: another)
     history = run("--resume --reported 50")
     assert history["reported"] == [50]
     assert history["environment"]["device"] == "another"
