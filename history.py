@@ -78,7 +78,8 @@ def write_atomically(path, write):
             flush_to_disk(file)
         os.replace(part, path)
     except BaseException as error:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # of a read-only disk, say; the first error counts
+            part.unlink()
         if isinstance(error, OSError):
             error.filename = str(path)
         raise
