@@ -16,6 +16,7 @@ from history import write_atomically
 from model import DEFAULTS, IMAGE_SIZE, build_model
 
 FORMAT = "gated multi-convolution checkpoint 5"
+PARTS = {"config", "precision", "history", "weights"}
 
 
 def write_checkpoint(path, checkpoint):
@@ -28,7 +29,7 @@ def write_checkpoint(path, checkpoint):
 
 
 def load_checkpoint(path):
-    """Return what a run saved, a dict with `config`, `weights` and the rest. Nothing in it is
+    """Return what a run saved, a dict with `config`, `weights` and the rest. No code in it is
     run, and every part has to match its checksum. OSError or ValueError say what is wrong."""
     path = Path(path)
     path.open("rb").close()  # missing or unreadable is told as that
@@ -42,6 +43,8 @@ def load_checkpoint(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if checkpoint["format"] != FORMAT:
             raise ValueError(f"its format is {checkpoint['format']!r}, now it is {FORMAT!r}")
+        if missing := PARTS - checkpoint.keys():
+            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
     except Exception as error:  # a damaged file can make the readers raise nearly anything
         what = f"{path} is not a whole checkpoint of train.py ({explain(error)})"
         raise ValueError(what) from error

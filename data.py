@@ -33,7 +33,7 @@ NORMALISATION = {
 }
 
 CROP_PADDING = 2  # pixels
-# Of torchvision, as some versions of NumPy give it.
+# torchvision reads CIFAR-10 in a way that some versions of NumPy warn of; it does no harm.
 warnings.filterwarnings("ignore", message=".*align should be passed as Python or NumPy boolean")
 
 
@@ -70,7 +70,7 @@ class Dataset:
         if seed is not None:
             shuffle = torch.Generator().manual_seed(derive_seed(seed, epoch))
             order = torch.randperm(len(self), generator=shuffle)
-        order = order.to(device)  # once: a GPU would be waited for with every batch
+        order = order.to(device)  # once: to move a batch's indices would wait for the GPU
         mean, std = torch.tensor(NORMALISATION[self.name], device=device)[..., None, None]
         scale, shift = 1 / (255 * std), -mean / std
         generator = torch.Generator(device)
@@ -124,7 +124,7 @@ def hold_out(dataset, count):
     Return (the rest, the held-out). ValueError if that is not possible."""
     labels, classes = dataset.labels, len(dataset.classes)
     per_class, remainder = divmod(count, classes)
-    if remainder or per_class >= labels.bincount(minlength=classes).min():
+    if remainder or not 0 < per_class < labels.bincount(minlength=classes).min():
         raise ValueError(
             f"--holdout {count}: not a multiple of the {classes} classes that leaves each of them "
             f"images to train on ({len(labels)} training images)"
@@ -155,7 +155,7 @@ def crop(images, generator):
 
 
 def flip(images, generator):
-    """Mirror half of the images."""
+    """Mirror each image, left to right, with a probability of 1/2."""
     chance = torch.rand(len(images), 1, 1, 1, device=images.device, generator=generator)
     return torch.where(chance < 0.5, images.flip(3), images)
 

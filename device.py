@@ -36,12 +36,12 @@ def set_up_device(name, index=0):
     number `index`. ValueError if there is no such device."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cpu":
+    if name.partition(":")[0] == "cpu":
         fast.keep_memory()
         fast.limit_threads()
     try:
         device = torch.device("cuda", index) if name == "cuda" else torch.device(name)
-        torch.zeros(1, device=device).item()  # "meta", too, is a device
+        torch.zeros(1, device=device).item()  # fails on "meta", which is a device, too
     except (RuntimeError, AssertionError, ImportError) as error:
         reason = str(error).partition("\n")[0][:200]
         raise ValueError(f"--device {name} does not work here ({reason}); try cpu") from error
@@ -114,8 +114,8 @@ def barrier():
 
 def leave():
     """Wait for the other processes, then part from them."""
+    barrier()
     if WORLD_SIZE > 1:
-        dist.barrier()
         dist.destroy_process_group()
 
 
@@ -137,9 +137,10 @@ def distribute(model):
 
 
 def distribute_loss(criterion):
-    """Return a mean loss as one of several processes computes it: of its share of a batch, weighted
-    by how large that is, so that the mean over the processes, and that of the gradients, is the
-    batch's. In the last batch shares may differ by an image, and a process may have none."""
+    """Return a mean loss as one of several processes computes it. DistributedDataParallel averages
+    the gradients of the processes, so each weights the mean of its share by how large the share is:
+    the average is the mean of the batch. In the last batch of an epoch shares may differ by an
+    image, and one may be empty."""
     if WORLD_SIZE == 1:
         return criterion
 

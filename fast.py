@@ -59,7 +59,6 @@ def mix_kernels(x, coefficients, convs):
 
 
 FORMS = {"outputs": weight_outputs, "kernels": mix_kernels}
-MIXES = ("auto", *FORMS)
 
 
 # Forward and backward of a block, ms, by python bench.py --only form. Zen 4 in bfloat16, two cores:
@@ -218,21 +217,21 @@ def _patches(x):
 
 
 class Pool(nn.Module):
-    """`pool`, F.avg_pool2d or F.max_pool2d, by size x size: (N, C, H, W) -> (N, C, H/size, W/size).
-    oneDNN pools bfloat16 on a CPU to the same numbers, gradients too, in 0.2 to 0.6 of the time;
-    PyTorch itself is fast where the channels of a pixel are together."""
+    """F.avg_pool2d or F.max_pool2d by size x size: (N, C, H, W) -> (N, C, H/size, W/size). oneDNN
+    pools bfloat16 on a CPU to the same numbers, gradients too, in 0.2 to 0.6 of the time; PyTorch
+    itself is fast where the channels of a pixel are together."""
 
-    def __init__(self, pool, size):
+    def __init__(self, function, size):
         super().__init__()
-        self.pool, self.size = pool, size
+        self.function, self.size = function, size
 
     def forward(self, x):
-        if x.is_cuda and self.pool is F.avg_pool2d:  # half the time, gradient included (H200)
+        if x.is_cuda and self.function is F.avg_pool2d:  # half the time, gradient included (H200)
             return F.adaptive_avg_pool2d(x, x.shape[-1] // self.size)
         slow = x.is_cpu and x.dtype == torch.bfloat16 and not is_channels_last(x)
         if slow and ONEDNN_HAS_BFLOAT16 and not torch.compiler.is_compiling():
-            return self.pool(x.to_mkldnn(), self.size, self.size).to_dense(x.dtype)
-        return self.pool(x, self.size)
+            return self.function(x.to_mkldnn(), self.size, self.size).to_dense(x.dtype)
+        return self.function(x, self.size)
 
 
 def memory_format(device, precision):

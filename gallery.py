@@ -146,9 +146,14 @@ def draw_calibration(axes, calibration):
     axes.legend(frameon=True, framealpha=0.8, edgecolor="none", fontsize=7, loc="upper left")
 
 
-def draw_gates(test, title):
-    """A Figure of the gates' coefficients a_1 ... a_k of every block, from test metrics."""
+def draw_gates(test, title, blocks=None):
+    """A Figure of the gates' coefficients a_1 ... a_k of every block, or of those whose numbers,
+    from 1 on, are given; from test metrics."""
     gates, names = test["gates"], list(test["per_class"])
+    if blocks:
+        if not set(blocks) <= set(range(1, len(gates) + 1)):
+            raise ValueError(f"--blocks {' '.join(map(str, blocks))}: there are 1 to {len(gates)}")
+        gates = [gates[number - 1] for number in blocks]
     height = 1.2 + len(gates) * (0.35 + 0.25 * len(gates[0]["quantiles"]))
     figure = start_figure(f"{title}: coefficients of the gates", height)
     grid = {"squeeze": False, "sharex": "col", "sharey": "row", "width_ratios": [2, 1]}

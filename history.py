@@ -39,10 +39,10 @@ def read_history(path):
     """Return the history in a file, a dict. OSError or ValueError say what is wrong with it."""
     text = Path(path).read_bytes()
     try:
-        history = json.loads(text, parse_constant=int)  # no NaN
+        history = json.loads(text, parse_constant=int)  # int refuses "NaN" and "Infinity"
         numbers = [history["parameters"], history["config"].get("seed", 0)]
         numbers += history["reported"] + history["batch_losses"]
-        for epoch in [] + history["epochs"]:
+        for epoch in [] + history["epochs"]:  # a list, no dict
             numbers += [epoch["train_loss"], epoch["train_accuracy"], *epoch.values()]
         numbers += [history["test"]["accuracy"]] if "test" in history else []
         if not all(map(math.isfinite, numbers)):

@@ -115,6 +115,7 @@ class Classifier(nn.Sequential):
     8 replaces the 8; or "max", the largest of the whole image."""
 
     def __init__(self, in_channels, size, classes, pool, fc, hidden, dropout, logit_scale):
+        # AdaptiveAvgPool2d(8) averages cells, of 4x4 pixels of 32x32. Pool does so faster.
         cell = {"adaptive": max(1, size // GRID), "avg": min(GRID, size), "max": size}[pool]
         widths = [in_channels * (size // cell) ** 2, *[hidden] * (fc - 1)]
         layers = [Pool(F.max_pool2d if pool == "max" else F.avg_pool2d, cell), nn.Flatten()]
@@ -158,12 +159,13 @@ def initialise_whitening(block, x):
     stay random."""
     patches = F.unfold(x, 3).transpose(1, 2).flatten(0, 1)  # (patches, 9 C)
     variances, components = torch.linalg.eigh(patches.T @ patches / len(patches))
+    # airbench's 5e-4 keeps components of hardly any variance, noise, from being blown up.
     whitening = (components / (variances + 5e-4).sqrt()).T.flip(0)  # the largest variance first
     for kernels in block.convs.weight.chunk(block.gate_linear.out_features):
         half = min(len(whitening), len(kernels) // 2)
         kernels[:half] = whitening[:half].view_as(kernels[:half])
         kernels[half : 2 * half] = -kernels[:half]
-    # The kernels of the largest components are the smallest: a step would change them most.
+    # The kernels of the largest components are tiny: one step would wipe them out.
     block.convs.requires_grad_(False)
 
 

@@ -10,6 +10,7 @@ import contextlib
 import errno
 import io
 import warnings
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
@@ -33,9 +34,10 @@ BRANDS |= {b"mif1": "HEIF", b"msf1": "HEIF", b"avif": "AVIF", b"avis": "AVIF"}
 def read_photo(path):
     """Return the image in a file, upright, in sRGB and over white: a PIL image of mode RGB.
     Of an animation it is the first frame. ValueError says why there is none, and what helps."""
+    path = Path(path)
     try:
         if not path.is_file():  # PIL would wait for what comes out of a pipe
-            raise FileNotFoundError(errno.ENOENT, "it is not there, or no file")
+            raise FileNotFoundError(errno.ENOENT, "there is no such file")
         with warnings.catch_warnings():
             # PIL warns of damaged tags, and of many pixels: twice as many are an error.
             warnings.simplefilter("ignore")

@@ -8,8 +8,8 @@ python plot.py runs/final.json runs/best.json --minutes     # compared over time
 
 Runs that differ in nothing but their seed make one row: their mean, and a band from the lowest to
 the highest. Where a seed is there twice, as of two machines, a row is of those that are named alike
-in a folder. It is of its finished runs, or if it has none of the others as far as they got. A run
-that evaluate.py tested has two pictures more, runs/row4-test.png and runs/row4-gates.png.
+in a folder. It is of its finished runs; if none has finished, of all. A run that evaluate.py tested
+has two pictures more, runs/row4-test.png and runs/row4-gates.png.
 """
 
 import argparse
@@ -102,7 +102,7 @@ def list_pictures(runs, rows, args):
         if "test" in run:
             what = run["test"], one_title or run["name"]
             yield run["path"], f"{run['name']}-test", draw_test, *what
-            yield run["path"], f"{run['name']}-gates", draw_gates, *what
+            yield run["path"], f"{run['name']}-gates", draw_gates, *what, args.blocks
     if len(rows) > 1:
         compared = rows, args.title or "", args.minutes
         yield runs[0]["path"], "comparison", draw_comparison, *compared
@@ -355,6 +355,8 @@ def parse_args(argv=None):
     add("--format", choices=("png", "svg", "pdf"), default="png", help="of pictures (default: png)")
     add("--title", help="title, of several rows of their comparison (default: the name)")
     add("--minutes", action="store_true", help="compare over minutes instead of epochs")
+    blocks = "draw the gates of these blocks alone, counted from 1"
+    add("--blocks", type=int, nargs="+", metavar="N", help=blocks)
     args = parser.parse_args(argv)
     args.histories = expand_patterns(args.histories)
     return args

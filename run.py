@@ -2,7 +2,7 @@
 
     with claim(args.out, args.name):
         saved = find_checkpoint(args)
-        run = Run(args, saved, ...)          # train.py shows the rest
+        run = Run(args, command, saved, ...)         # train.py shows the rest
 
 runs/NAME.pt is the whole truth about a run, runs/NAME.json its history for people and plot.py. All
 randomness is drawn from (seed, epoch, step), so a saved state holds no generators and a run may
@@ -42,9 +42,10 @@ class Run:
     alone writes. `position` is the epoch and the step that it goes on with."""
 
     def __init__(self, args, command, saved, images, info, model, optimizer):
-        """Restore what was saved; write the first files. `command` are the words that began it,
-        `saved` is what find_checkpoint gave, and is emptied, `images` how many an epoch has, `info`
-        what the history is to say of the run."""
+        """Restore what was saved, or write the first files; say what is trained, and where. SIGINT
+        and SIGTERM stop the run from here on. `command` are the words that began it, `saved` is
+        what find_checkpoint gave, and is emptied, `images` how many an epoch has, `info` what the
+        history is to say of the run."""
         self.args, self.command = args, command
         self.model, self.optimizer = model, optimizer
         self.checkpoint_path = args.out / f"{args.name}.pt"
@@ -52,7 +53,7 @@ class Run:
         config = vars(args) | {"out": str(args.out), "data_dir": str(args.data_dir)}
         size = args.batch_size
         self.batch_sizes = [min(size, images - first) for first in range(0, images, size)]
-        self.signal = 0  # that came
+        self.stop_signal = 0  # the number of the signal that came, if one did
         self.began = self.trained_at = time.monotonic()
         self.save_at = self.began + SAVE_SECONDS
         self.history = {"name": args.name}
@@ -92,7 +93,7 @@ class Run:
             recent = torch.stack(self.metrics["loss"][-LOOK_EVERY:]).tolist()
             for batch, value in enumerate(recent, start=done - len(recent) + 1):
                 if not math.isfinite(value):
-                    self._stop(f"the loss is {value} at epoch {epoch + 1}, batch {batch}")
+                    self._diverged(f"the loss is {value} at epoch {epoch + 1}, batch {batch}")
             self.trained_at = time.monotonic()
             self._show_progress(epoch, done)
             self._save_or_stop(loss.device)
@@ -119,7 +120,7 @@ class Run:
         line["images_per_second"] = images / (self.trained_at - self.began)
         for name, value in line.items():
             if not math.isfinite(value):
-                self._stop(f"{name} is {value} after epoch {epoch + 1}")
+                self._diverged(f"{name} is {value} after epoch {epoch + 1}")
         self.history["epochs"].append(line)
         self.history["batch_losses"] += [float(f"{loss:.6g}") for loss in metrics["loss"]]
         self.metrics, self.began = {}, now
@@ -162,7 +163,7 @@ class Run:
         checkpoint = {
             "config": self.history["config"] | place,
             "precision": self.history["environment"]["precision"],
-            "history": json.dumps(self.history),  # a dict of many floats would be slow to load
+            "history": json.dumps(self.history),  # the same digits as in NAME.json
             "weights": self.model.state_dict(),
         }
         if resumable:
@@ -172,11 +173,11 @@ class Run:
         write_checkpoint(self.checkpoint_path, checkpoint)
 
     def _on_signal(self, number, frame):
-        self.signal = number
+        self.stop_signal = number
 
     def _save_or_stop(self, device):
         """Save the run if it is time to; if a signal came, to whichever process, stop it."""
-        number, unsaved = self.signal, ""
+        number, unsaved = self.stop_signal, ""
         if WORLD_SIZE > 1:  # one process alone need not wait for its device
             number = all_reduce(torch.tensor(number, device=device), ReduceOp.MAX).item()
         began = time.monotonic()
@@ -196,8 +197,9 @@ class Run:
             go_on = format_command([*words, "--resume"])
             stop(f"{signal.Signals(number).name}: {unsaved}go on with {go_on}", 128 + number)
 
-    def _stop(self, what):
-        stop(f"{what}, learning rate {self.lr:g}: try a lower --lr", 1)
+    def _diverged(self, what):
+        advice = "begin again with --overwrite and a lower --lr"
+        stop(f"{what}, learning rate {self.lr:g}: {advice}", 1)
 
     def _show_progress(self, epoch, done):
         """Rewrite a line on the terminal: how far the run is and how long it still takes. The next
@@ -284,13 +286,17 @@ def restore_history(saved, args):
             return
     if RANK == 0:
         write_history(path, json.loads(saved["history"]))
-        print(f"train.py: {path} is written again; its test is evaluate.py's", file=sys.stderr)
+        print(
+            f"train.py: {path} is written again, without a test: evaluate.py adds it",
+            file=sys.stderr,
+        )
 
 
 @contextlib.contextmanager
 def claim(out, name):
     """Keep other processes from training a run of this name in this folder: ValueError if one does.
-    The claim ends with the process, however that ends; its file .NAME.lock stays."""
+    The claim ends with the process, however that ends; its file .NAME.lock stays. What a killed run
+    was writing is removed."""
     out.mkdir(parents=True, exist_ok=True)
     with open(out / f".{name}.lock", "w") as file:
         try:

@@ -1,9 +1,9 @@
 """The report in one file: CIFAR-10 classified by blocks of k gated convolutions.
 
-python textbook.py                                                 # the report's final model
 python textbook.py --arch 16 8 4 --fc 1 --init default --schedule none --epochs 30    # its row 4
+python textbook.py                       # its final model: days on two CPU cores
 
-From top to bottom: data, block, backbone, classifier, loss and optimiser, training, figures. Where
+From top to bottom: data, block, backbone, classifier, loss and optimiser, training, metrics. Where
 the report leaves something open, a comment that begins with "Open:" says how it is read here.
 
 train.py trains the same networks, which the tests hold equal to these, and adds what daily use asks
@@ -99,22 +99,25 @@ def initialise_he(layer):
 
 
 def train(model, train_loader, test_loader, args):
-    """Train the model and validate it after each epoch; print and return the figures of each."""
+    """Train the model and validate it after each epoch; print and return the metrics of each."""
     criterion = nn.CrossEntropyLoss()
     # SGD stayed at 10 % in the report, Adam was better, AdamW best.
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)
     # Open: the kind of schedule. Cosine over the whole run, a step an epoch.
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)
     history = {"train_loss": [], "train_accuracy": [], "val_loss": [], "val_accuracy": []}
-    line = "epoch {}/{}: train loss {:.4f}, {:.2f} %; validation loss {:.4f}, {:.2f} %"
     for epoch in range(1, args.epochs + 1):
-        figures = run_epoch(model, train_loader, criterion, args.device, optimizer)
-        figures += run_epoch(model, test_loader, criterion, args.device)
+        train_loss, train_acc = run_epoch(model, train_loader, criterion, args.device, optimizer)
+        val_loss, val_acc = run_epoch(model, test_loader, criterion, args.device)
         if args.schedule == "cosine":
             scheduler.step()
-        for values, value in zip(history.values(), figures):
-            values.append(value)
-        print(line.format(epoch, args.epochs, *figures), flush=True)
+        history["train_loss"].append(train_loss)
+        history["train_accuracy"].append(train_acc)
+        history["val_loss"].append(val_loss)
+        history["val_accuracy"].append(val_acc)
+        trained = f"train loss {train_loss:.4f}, {train_acc:.2f} %"
+        validated = f"validation loss {val_loss:.4f}, {val_acc:.2f} %"
+        print(f"epoch {epoch}/{args.epochs}: {trained}; {validated}", flush=True)
     return history
 
 
@@ -152,7 +155,8 @@ def parse_args(argv=None):
     add("--k", type=int, default=3, help="convolutions of a block")
     add("--block-relu", action=on_off, default=True, help="ReLU on the blocks' outputs")
     add("--pool", choices=("adaptive", "avg"), default="adaptive", help="of the classifier")
-    # Open: the classifier of rows 2, 3 and 5. One layer as in row 1; three as in the final model.
+    # Open: the classifier of rows 2, 3 and 5. Row 2: one layer, as in row 1; rows 3 and 5: three,
+    # as in the final model.
     add("--fc", type=int, default=3, help="number of linear layers")
     add("--hidden", type=int, default=4096, help="units of each hidden one")
     add("--dropout", type=float, default=0.5, help="probability, after each hidden one")

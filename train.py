@@ -148,7 +148,7 @@ def make_model(args, train_set, device, precision):
     torch.manual_seed(args.seed)
     model = build_model(vars(args), len(train_set.classes))
     if args.init == "whiten":
-        x, _ = next(train_set.batches(1_000))
+        x, _ = next(train_set.batches(1_000))  # a million patches, for 27 x 27 covariances
         initialise_whitening(model.backbone[0], x.cpu())
     return model.to(device, memory_format=fast.memory_format(device, precision))
 
@@ -254,7 +254,8 @@ def parse_args(argv=None):
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps ...; auto: cuda if there is one")
     auto = "of convolutions; auto: bfloat16 on cuda and CPUs with instructions for it, else float32"
     add("--precision", choices=PRECISIONS, default="auto", help=auto)
-    add("--mix", choices=fast.MIXES, default="auto", help="form of the gated sum; auto: fastest")
+    forms = ("auto", *fast.FORMS)
+    add("--mix", choices=forms, default="auto", help="form of the gated sum; auto: fastest")
     add("--compile", action="store_true", help="torch.compile the network")
     resume = "continue NAME where it stopped; start it if there is none"
     add("--resume", action="store_true", help=resume)

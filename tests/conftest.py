@@ -1,5 +1,6 @@
 """What all tests share: shapes drawn once, small runs in a temporary folder, no network."""
 
+import contextlib
 import copy
 import functools
 import os
@@ -10,13 +11,14 @@ from pathlib import Path
 from unittest.mock import Mock, patch
 
 import pytest
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 import data
 import evaluate
 import train
 from checkpoint import load_checkpoint
 from history import read_history
-from run import Run
+from model import Backbone
 
 ROOT = Path(__file__).parent.parent
 CIFAR10 = ROOT / "data"
@@ -40,10 +42,9 @@ needs_cifar10 = pytest.mark.skipif(
 
 
 @pytest.fixture(autouse=True, scope="session")
-def no_download_and_no_other_signal_handlers():
+def no_download():
     refuse = Mock(side_effect=OSError("no network in tests"))
-    download = "torchvision.datasets.cifar.download_and_extract_archive"
-    with patch(download, refuse), patch("signal.signal"):
+    with patch("torchvision.datasets.cifar.download_and_extract_archive", refuse):
         yield
 
 
@@ -88,20 +89,29 @@ def run(tmp_path):
     return run_tiny
 
 
+@contextlib.contextmanager
+def at_batch(number, act):
+    """Call act() as a network gets its batch of that number, of training and validation."""
+    numbers = count(1)
+
+    def look(module, inputs):
+        if isinstance(module, Backbone) and next(numbers) == number:
+            act()
+
+    hook = register_module_forward_pre_hook(look)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 @pytest.fixture
-def stop(run, monkeypatch):
-    """stop(batches, options, ...): `run`, a signal after so many batches, and its exit code."""
+def stop(run):
+    """stop(batches, options, ...): `run`, a signal within its batch of that number, and its exit
+    code."""
 
     def run_and_stop(batches, *options):
-        save_or_stop, numbers = Run._save_or_stop, count(1)
-
-        def signal_or_not(self, device):
-            if next(numbers) == batches:
-                self._on_signal(signal.SIGTERM, None)
-            save_or_stop(self, device)
-
-        with monkeypatch.context() as changes:
-            changes.setattr(Run, "_save_or_stop", signal_or_not)
+        with at_batch(batches, lambda: os.kill(os.getpid(), signal.SIGTERM)):
             return ended(run, *options)
 
     return run_and_stop

@@ -235,6 +235,14 @@ def test_a_launcher_that_is_not_there_is_refused_before_anything_runs(replay):
     assert calls == []
 
 
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="this is no clone")
+def test_the_scripts_keep_their_line_ends_in_a_clone_as_windows_makes_it(tmp_path):
+    clone = ["git", "clone", "-q", "-c", "core.autocrlf=true", str(ROOT), str(tmp_path / "clone")]
+    assert execute(*clone).returncode == 0
+    for script in (tmp_path / "clone").glob("*.sh"):
+        assert b"\r" not in script.read_bytes()
+
+
 def test_another_launcher_trains(replay, tmp_path):
     launch = '#!/bin/sh\necho launched "$1" >&2\nshift\nexec python "$@"\n'
     write_program(tmp_path / "bin" / "launcher", launch)

@@ -338,7 +338,7 @@ def test_no_images_are_named_and_the_rest_classified(checkpoint, tmp_path, capsy
     reasons = [
         "no image that PIL can read: convert it to JPEG",
         "it has more than 30,000 pixels: make it smaller",
-        *["it is not there, or no file"] * 3,
+        *["there is no such file"] * 3,
     ]
     assert errors == [f"evaluate.py: error: {path}: {why}" for path, why in zip(bad[1:], reasons)]
     assert output.out.startswith(f"{good}: ")

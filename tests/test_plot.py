@@ -1,4 +1,5 @@
 import sys
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -192,6 +193,17 @@ def test_the_gates_of_every_block_are_drawn(test, k, blocks):
     axes = gallery.draw_gates(test, "row4").axes
     assert [a.get_ylabel() for a in axes[::2]] == [g["block"] for g in test["gates"]]
     assert texts(axes[0]) == [f"{1 / k:.2f}"] * 10 * k
+
+
+def test_the_gates_of_some_blocks_are_drawn_alone(history, test, tmp_path, monkeypatch):
+    drawn = Mock(wraps=gallery.draw_gates)
+    monkeypatch.setattr(plot, "draw_gates", drawn)
+    (path,) = save(tmp_path, history | {"test": test})
+    assert draw(path, "--blocks", "2") == 0
+    assert [axes.get_ylabel() for axes in gallery.draw_gates(*drawn.call_args.args).axes[::2]] == [
+        "block2"
+    ]
+    assert "--blocks 2 3: there are 1 to 2" in draw(path, "--blocks", "2", "3")
 
 
 def test_the_similarity_of_a_blocks_kernels_stands_beside_its_name(test):

@@ -1,16 +1,17 @@
+import os
 import signal
+from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import RECIPE, ended, ending, files, without_times
+from conftest import RECIPE, at_batch, ended, ending, files, without_times
 
 import evaluate
 import fast
 import train
 from checkpoint import load_checkpoint, write_checkpoint
 from history import read_history
-from run import Run
 
 NETWORKS = {
     "report": "--augment crop flip",
@@ -48,8 +49,7 @@ def test_a_run_goes_on_where_tensors_lie_in_memory_otherwise(run, stop, monkeypa
 def test_a_signal_that_comes_while_processes_agree_is_not_lost(run, monkeypatch):
     def agree_late(tensor, operation=None):
         if operation:
-            handler = signal.signal.call_args.args[1]
-            handler(signal.SIGTERM, None)
+            os.kill(os.getpid(), signal.SIGTERM)
         return tensor
 
     monkeypatch.setattr("run.all_reduce", agree_late)
@@ -160,21 +160,40 @@ def test_a_run_goes_on_in_the_precision_it_began_in(run, stop, tmp_path, monkeyp
     assert load_checkpoint(tmp_path / "run.pt")["precision"] == "bfloat16"  # of tests, too
 
 
+class Killed(BaseException):
+    """What ends a run as kill -9 would: nothing is saved any more."""
+
+
+def die(*_):
+    raise Killed
+
+
 @pytest.fixture
 def kill(run, monkeypatch):
-    """kill(method, option, ...): a run that dies, saving nothing, as it calls a method of Run."""
+    """kill(suffix, option, ...): a run that is killed as it replaces its file of that suffix, for
+    the first time or as it finishes."""
 
-    def run_and_die(method, *options):
-        with monkeypatch.context() as patch, pytest.raises(RuntimeError):
-            patch.setattr(Run, method, Mock(side_effect=RuntimeError("killed")))
+    def run_and_die(suffix, *options, finished=False):
+        replace = os.replace
+
+        def replace_or_die(new, old):
+            if Path(old).suffix == suffix and (
+                not finished or b'"finished": true' in new.read_bytes()
+            ):
+                die()
+            replace(new, old)
+
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(os, "replace", replace_or_die)
             run(*options)
 
     return run_and_die
 
 
-def test_a_run_that_was_killed_before_anything_was_saved_begins_again(run, kill, tmp_path):
+def test_a_run_that_was_killed_before_anything_was_saved_begins_again(run, tmp_path):
     whole = without_times(run())
-    kill("log_batch", "--overwrite")
+    with at_batch(1, die), pytest.raises(Killed):
+        run("--overwrite")
     assert read_history(tmp_path / "run.json")["finished"] is False
     assert without_times(run("--resume")) == whole
 
@@ -186,27 +205,17 @@ def test_an_overwrite_that_cannot_begin_leaves_everything(run, tmp_path):
     assert files(tmp_path) == before
 
 
-@pytest.mark.parametrize(
-    "method, kept, other", [("_write_checkpoint", 0.001, 0.1), ("_write_history", 0.1, 0.001)]
-)
-def test_a_killed_overwrite_never_mixes_two_runs(run, kill, tmp_path, method, kept, other):
+@pytest.mark.parametrize("suffix, kept, other", [(".pt", 0.001, 0.1), (".json", 0.1, 0.001)])
+def test_a_killed_overwrite_never_mixes_two_runs(run, kill, tmp_path, suffix, kept, other):
     run()
-    kill(method, "--lr 0.1 --overwrite")
+    kill(suffix, "--lr 0.1 --overwrite")
     assert set(files(tmp_path)) == {"run.pt"}
     assert f"lr {kept} (now {other})" in ended(run, f"--lr {other} --resume")
 
 
-def test_a_kill_at_the_very_end_repeats_nothing(run, tmp_path, monkeypatch):
-    whole, write = run(), Run._write_history
-
-    def die_at_the_end(self):
-        if self.history["finished"]:
-            raise RuntimeError("killed")
-        write(self)
-
-    with monkeypatch.context() as patch, pytest.raises(RuntimeError):
-        patch.setattr(Run, "_write_history", die_at_the_end)
-        run("--overwrite")
+def test_a_kill_at_the_very_end_repeats_nothing(run, kill, tmp_path):
+    whole = run()
+    kill(".json", "--overwrite", finished=True)
     assert not read_history(tmp_path / "run.json")["finished"]
     assert ended(run, "--resume") == 0
     assert without_times(read_history(tmp_path / "run.json")) == without_times(whole)

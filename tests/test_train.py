@@ -24,7 +24,6 @@ from run import Run
 from train import make_model, make_optimizer, parse_args
 
 CPU = torch.device("cpu")
-SIGNAL = signal.signal
 COSINE = [0.0005 * (1 + math.cos(math.pi * t / 4)) for t in range(4)]
 CONSTANT = ("--schedule none --lr 0.01", [0.01, 0.01])
 
@@ -65,8 +64,7 @@ def test_the_command_of_a_history_is_what_one_types_beside_the_scripts(run, monk
     assert command.endswith("--lr 0.01")
 
 
-def test_training_from_python_leaves_the_signals_handlers_as_they_were(run, monkeypatch):
-    monkeypatch.setattr(signal, "signal", SIGNAL)  # as it is outside of these tests
+def test_training_from_python_leaves_the_signals_handlers_as_they_were(run):
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     run()
     ended(run, "--overwrite --lr 2e9 --optimizer sgd")
