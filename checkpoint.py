@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from data import CLASSES
+from device import explain_out_of_memory
 from history import write_atomically
 from model import DEFAULTS, IMAGE_SIZE, build_model
 
@@ -46,6 +47,8 @@ def load_checkpoint(path):
         if missing := PARTS - checkpoint.keys():
             raise ValueError(f"it lacks {', '.join(sorted(missing))}")
     except Exception as error:  # a damaged file can make the readers raise nearly anything
+        if explain_out_of_memory(error):
+            raise
         what = f"{path} is not a whole checkpoint of train.py ({explain(error)})"
         raise ValueError(what) from error
     return checkpoint
@@ -67,6 +70,8 @@ def load_model(path):
         model.float().to(memory_format=torch.contiguous_format)  # a GPU's has channels together
         model.requires_grad_(False).eval()(torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE))
     except Exception as error:  # a config can hold anything
+        if explain_out_of_memory(error):
+            raise
         what = f"{path}: its weights do not fit its options ({explain(error)})"
         raise ValueError(what) from error
     return model

@@ -348,13 +348,17 @@ def describe_environment(device, precision):
 def find_commit():
     """Return the commit of these scripts as git describes it, or None. A repository that they only
     lie in, or that the environment names, does not count."""
-    here = Path(__file__).resolve().parent
+    here = Path(__file__).resolve()
     environment = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
-    environment["GIT_CEILING_DIRECTORIES"] = str(here.parent)
-    git = ["git", "-C", here, "describe", "--always", "--dirty"]
-    try:
-        output = subprocess.check_output(git, stderr=subprocess.DEVNULL, env=environment)
+
+    def git(*words):
+        command = ["git", "-C", here.parent, *words]
+        output = subprocess.check_output(command, stderr=subprocess.DEVNULL, env=environment)
         return output.decode().strip()
+
+    try:
+        git("ls-files", "--error-unmatch", here.name)  # fails if it is not this repository's
+        return git("describe", "--always", "--dirty")
     except (OSError, ValueError, subprocess.CalledProcessError):  # no git, no repository
         return None
 

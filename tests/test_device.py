@@ -117,11 +117,13 @@ def test_the_commit_is_of_these_scripts_whatever_the_environment_names(monkeypat
 
 
 def test_scripts_that_lie_in_another_repository_have_no_commit(monkeypatch, repository):
-    (repository / "unpacked").mkdir()
+    for folder in (repository, repository / "unpacked"):
+        folder.mkdir(exist_ok=True)
+        (folder / "run.py").touch()
     monkeypatch.setattr(run_module, "__file__", str(repository / "unpacked" / "run.py"))
     assert run_module.find_commit() is None
     monkeypatch.setattr(run_module, "__file__", str(repository / "run.py"))
-    assert run_module.find_commit() is not None
+    assert run_module.find_commit() is None
 
 
 def test_a_test_is_of_one_process_whatever_the_environment_says(run, tmp_path):

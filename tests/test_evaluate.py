@@ -159,6 +159,14 @@ def test_too_little_memory_is_a_line(checkpoint, monkeypatch, refused, error, re
     assert line.endswith(f"{reason}: free some memory, or try --device cpu")
 
 
+def test_too_little_memory_for_a_checkpoint_does_not_make_it_a_damaged_one(
+    checkpoint, monkeypatch, refused
+):
+    monkeypatch.setattr(torch, "load", Mock(side_effect=RuntimeError("can't allocate memory")))
+    line = refused(evaluate.main, [str(checkpoint)])
+    assert line.endswith("can't allocate memory: free some memory, or try --device cpu")
+
+
 @pytest.mark.parametrize("error, reason", OUT_OF_MEMORY)
 def test_too_little_memory_for_training_is_a_line(tmp_path, monkeypatch, refused, error, reason):
     monkeypatch.setattr(train, "train", Mock(side_effect=error))
