@@ -6,19 +6,18 @@ import json
 import math
 import re
 import statistics
-import sys
 from collections import Counter
 from statistics import fmean, median
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, execute, needs_cifar10
+from conftest import ROOT, needs_cifar10
 
+import train
 from data import load
 from history import read_history
 from plot import group, last_accuracies, name_row
-from train import make_model, parse_args
 
 README = (ROOT / "README.md").read_text()
 TEXT = " ".join(README.split())
@@ -207,22 +206,22 @@ def test_row_4_ends_where_it_does_by_the_textbook():
     assert took in TEXT
 
 
-def test_the_first_result_looks_as_it_does_in_the_readme(tmp_path):
+def test_the_first_result_looks_as_it_does_in_the_readme(tmp_path, capsys):
     (command,) = re.findall(r"^    python train\.py (--dataset shapes .*)$", README, re.M)
     options = command.split()
-    args = parse_args(options)
-    model = make_model(args, load("shapes"), torch.device("cpu"), "float32")
+    args = train.parse_args(options)
+    model = train.make_model(args, load("shapes"), torch.device("cpu"), "float32")
     parameters = sum(parameter.numel() for parameter in model.parameters())
     shown = README[README.index("    8,360 parameters") :].partition("\n\nThe report's network")[0]
     shown = [line.removeprefix("    ") for line in shown.splitlines()]
     assert shown[0] == f"{parameters:,} parameters, {model.macs:,} multiply-accumulates an image"
     less = ["--limit", "128", "--out", str(tmp_path)]
-    result = execute(sys.executable, "train.py", *options, *less)
+    train.main([*options, *less])
 
     def shape(line):
         return re.sub(r"\d[\d.,e-]*", "0", re.sub(r"\s+", " ", line))
 
-    printed = [shape(line) for line in result.stdout.splitlines()]
+    printed = [shape(line) for line in capsys.readouterr().out.splitlines()]
     assert printed[2:4] == [shape(line) for line in shown[2:4]]
     epochs = [shape(line) for line in shown if re.match(r" +\d/8 ", line)]
     assert epochs and set(epochs) == set(printed[4:])
