@@ -1,11 +1,13 @@
 import json
+import platform
 import re
+import sys
 from statistics import median
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
+from conftest import ROOT, execute
 from test_textbook import as_textbook, gradients, textbook_block
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -164,3 +166,17 @@ def test_a_pool_is_pytorchs_own_gradient_included(pool, dtype):
         y = own(x.relu().to(dtype))
         results.append([y, *torch.autograd.grad((y**2).sum(), x)])
     torch.testing.assert_close(*results)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is glibc's memory")
+def test_the_memory_of_a_freed_tensor_stays_with_the_process():
+    code = """
+import fast, resource, torch
+fast.keep_memory()
+pages = lambda: int(open("/proc/self/statm").read().split()[1])
+before = pages()
+torch.ones(64 * 2**20)
+print((pages() - before) * resource.getpagesize() // 2**20)
+"""
+    result = execute(sys.executable, "-c", code)
+    assert int(result.stdout) > 200, result.stderr  # of 256 MiB
