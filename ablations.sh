@@ -60,7 +60,8 @@ for word in ${LAUNCH:-}; do
     case ${word##*/} in python | python[0-9]*) python=${python:-$word} ;; esac
 done
 python=${python:-$(command -v python || command -v python3 || echo python)}
-launch=(${LAUNCH:-$python})
+launch=(${LAUNCH:-})
+if [ ${#launch[@]} = 0 ]; then launch=("$python"); fi # its path may have spaces
 for program in "$python" "${launch[0]}"; do
     command -v "$program" >/dev/null || refuse 1 "there is no program '$program' (LAUNCH=${LAUNCH:-})"
 done

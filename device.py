@@ -43,7 +43,7 @@ def set_up_device(name, index=0):
         device = torch.device("cuda", index) if name == "cuda" else torch.device(name)
         torch.zeros(1, device=device).item()  # fails on "meta", which is a device, too
     except (RuntimeError, AssertionError, ImportError) as error:
-        reason = str(error).partition("\n")[0][:200]
+        reason = first_line(error)
         raise ValueError(f"--device {name} does not work here ({reason}); try cpu") from error
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
@@ -72,7 +72,7 @@ def join_processes(device):
     try:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     except (RuntimeError, ValueError) as error:
-        reason = str(error).partition("\n")[0][:200]
+        reason = first_line(error)
         raise ValueError(f"the processes of this run do not meet at {place} ({reason})") from error
     finally:
         waiting.cancel()
@@ -97,9 +97,14 @@ def autocast(device, precision):
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16")
 
 
+def first_line(error):
+    """Return the first line of what an error says, if it is not too long: PyTorch's have many."""
+    return str(error).partition("\n")[0][:200]
+
+
 def explain_out_of_memory(error):
     """Return the first line of an error of too little memory, on any device; "" of others."""
-    reason = str(error).partition("\n")[0][:200]
+    reason = first_line(error)
     if isinstance(error, MemoryError):
         return reason or "out of memory"
     words = ("alloc", "out of memory", "could not create a primitive")  # the last is oneDNN's

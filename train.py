@@ -37,6 +37,7 @@ from device import (
     distribute,
     distribute_loss,
     explain_out_of_memory,
+    first_line,
     join_processes,
     set_up_device,
 )
@@ -316,7 +317,7 @@ def main(argv=None):
         if reason := explain_out_of_memory(error):
             advice = "a smaller network or --batch-size"
         elif args.compile:
-            reason, advice = str(error).partition("\n")[0][:200], "without --compile"
+            reason, advice = first_line(error), "without --compile"
         else:
             raise
         sys.exit(f"train.py: error: {reason}: try {advice}")

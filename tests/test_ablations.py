@@ -228,6 +228,13 @@ def test_where_there_is_no_python_python3_will_do(replay, tmp_path):
     assert [call[0] for call in calls] == ["train.py", "evaluate.py", "plot.py"]
 
 
+def test_the_path_of_python_may_have_spaces(replay, tmp_path):
+    spaced = (tmp_path / "bin").rename(tmp_path / "my programs")
+    result, calls = replay("row4", PATH=f"{spaced}:{os.environ['PATH']}")
+    assert result.returncode == 0, result.stderr
+    assert [call[0] for call in calls] == ["train.py", "evaluate.py", "plot.py"]
+
+
 def test_a_launcher_that_is_not_there_is_refused_before_anything_runs(replay):
     result, calls = replay("row4", LAUNCH="torchrunn --standalone")
     assert result.returncode == 1
