@@ -58,13 +58,14 @@ COLUMNS = 6  # of the misclassified images
 def start_figure(title, height):
     """An empty Figure under its title, of a page's width and that height (inches)."""
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
-    figure.suptitle(textwrap.fill(to_drawable(title), 80))
+    figure.suptitle(textwrap.fill(to_drawable(" ".join(title.split())), 80))
     return figure
 
 
 def to_drawable(name):
-    """Return a file's name, which need not be UTF-8 and can have several lines, as one line."""
-    return " ".join(name.encode(errors="replace").decode().split())
+    """Return a name, of a file say, on one line: what neither a picture nor a table can show, such
+    as bytes that are not UTF-8, is spelled out."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
 
 
 def shorten(name):

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gallery import BLUE, COLOURS, ORANGE, draw_gates, draw_test, save, start_figure
+from gallery import BLUE, COLOURS, ORANGE, draw_gates, draw_test, save, start_figure, to_drawable
 from history import (
     expand_patterns,
     harden_output,
@@ -79,9 +79,8 @@ def read_runs(paths):
     runs, problems, begun = [], [], []
     for path in dict.fromkeys(paths):  # each once
         try:
-            # What neither a picture nor a line of the table can show is spelled out.
-            text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(path))
-            names = {"name": Path(text).stem, "folder": Path(text).parent, "path": path}
+            shown = Path(to_drawable(str(path)))
+            names = {"name": shown.stem, "folder": shown.parent, "path": path}
             run = read_history(path) | names
             if run["epochs"]:
                 runs.append(run)
