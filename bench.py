@@ -195,6 +195,10 @@ def list_forms(device, precision):
         forms = {
             form: partial(build_block, form, shape, batch, device, precision) for form in names
         }
+        plain = (*shape[:3], 1)
+        forms["k = 1, a plain convolution"] = partial(
+            build_block, "auto", plain, batch, device, precision
+        )
         # Forward, backward of the kernels and, but for images, of the input.
         macs = (3 if inputs > 3 else 2) * batch * size**2 * 9 * inputs * outputs
         forms["one convolution's as a product"] = partial(build_product, macs, device, precision)

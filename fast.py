@@ -28,23 +28,23 @@ FORM = "auto"
 
 def gated_conv(x, coefficients, convs):
     """sum_i a_i conv(x, W_i) + a_i b_i of every image.
-    x (N, C, H, W), coefficients a (N, k); convs, an nn.Conv2d from C to k * O channels, holds the
-    k kernels W_i and biases b_i one after the other. Returns (N, O, H, W), in memory as the kernels
-    are: train.py puts those into memory_format."""
-    if is_channels_last(convs.weight):
-        x = x.contiguous(memory_format=torch.channels_last)  # images come otherwise
-    form = choose_form(x, coefficients, convs) if FORM == "auto" else FORM
-    return FORMS[form](x, coefficients, convs)
+    x (N, C, H, W), coefficients a (N, k), None for a single 1; convs, an nn.Conv2d from C to k * O
+    channels, holds the k kernels W_i and biases b_i one after the other. Returns (N, O, H, W), in
+    memory as it was computed."""
+    form = "outputs"
+    if coefficients is not None:
+        form = choose_form(x, coefficients, convs) if FORM == "auto" else FORM
+    # Convolutions of many channels are fastest with those of a pixel together in memory, and so are
+    # pooling and batch normalisation after them: 1.1 to 1.6 times on CPUs, float32 and bfloat16.
+    together = form == "outputs" and x.shape[1] >= 16
+    together = together or is_channels_last(convs.weight)
+    x = x.contiguous(memory_format=torch.channels_last if together else torch.contiguous_format)
+    return convs(x) if coefficients is None else FORMS[form](x, coefficients, convs)
 
 
 def weight_outputs(x, coefficients, convs):
     """The sum as the report writes it, the k convolutions in one call."""
-    outputs, k = convs(x), coefficients.shape[1]
-    if is_channels_last(outputs):
-        outputs = outputs.permute(0, 2, 3, 1).unflatten(3, (k, -1))
-        weighted = outputs * coefficients.to(outputs.dtype)[:, None, None, :, None]
-        return weighted.sum(3, dtype=weighted.dtype).permute(0, 3, 1, 2)  # autocast: float32
-    return torch.einsum("nk,nkchw->nchw", coefficients, outputs.unflatten(1, (k, -1)))
+    return WeightedSum.apply(convs(x).unflatten(1, (coefficients.shape[1], -1)), coefficients)
 
 
 def mix_kernels(x, coefficients, convs):
@@ -87,7 +87,7 @@ def choose_form(x, coefficients, convs):
     outputs, size = convs.out_channels // coefficients.shape[1], x.shape[-1]
     if x.is_cuda:  # smaller sums wait for Python, so what takes fewer calls is faster
         enough = len(x) * size**2 * convs.weight.numel() > 100_000_000_000
-    elif is_channels_last(x):  # a CPU with AMX
+    elif is_channels_last(convs.weight):  # a CPU with AMX
         enough = size >= 32 and x.shape[1] >= 128
     else:
         enough = outputs >= 8 or compute_dtype(x) == torch.bfloat16
@@ -103,6 +103,29 @@ def compute_dtype(x):
 def is_channels_last(x):
     """Whether the channels of a pixel of x (N, C, H, W) are together in memory."""
     return x.stride(1) == 1 and x.is_contiguous(memory_format=torch.channels_last)
+
+
+class WeightedSum(torch.autograd.Function):
+    """sum_i a[n, i] outputs[n, i]: outputs (N, k, O, H, W) and coefficients a (N, k) give (N, O, H,
+    W), in memory as the outputs are. PyTorch's einsum does this by products of tiny matrices, and
+    in bfloat16 that is a fifth of a training step of `best`."""
+
+    @staticmethod
+    def forward(ctx, outputs, coefficients):
+        a = coefficients.to(outputs.dtype)[:, :, None, None, None]
+        ctx.save_for_backward(outputs, a)
+        y = outputs[:, 0] * a[:, 0]
+        for i in range(1, a.shape[1]):
+            y.addcmul_(outputs[:, i], a[:, i])
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        outputs, a = ctx.saved_tensors
+        grad_outputs = torch.mul(grad[:, None], a, out=torch.empty_like(outputs))
+        # All at once, PyTorch would turn bfloat16 into float32 first.
+        grad_a = [(grad * outputs[:, i]).sum((1, 2, 3)) for i in range(a.shape[1])]
+        return grad_outputs, torch.stack(grad_a, 1)
 
 
 class MixedConvolution(torch.autograd.Function):

@@ -22,6 +22,7 @@ from torch import nn
 from fast import Pool, gated_conv
 
 IMAGE_SIZE = 32  # pixels
+WHITENING = 2  # pixels of a side of its kernels
 GRID = 8  # the classifier pools to (AdaptiveAvgPool2d) or by (AvgPool2d) 8x8
 
 GATES = {  # of (N, k)
@@ -47,14 +48,16 @@ DEFAULTS = {
     "dropout": 0.5,
     "logit_scale": 1.0,
     "init": "he",
+    "whiten": False,
 }
 
 
 class Block(nn.Module):
     """k gated 3x3 convolutions (stride 1, padding 1) of one input, summed, then ReLU if `relu`:
-    (N, in_channels, H, W) -> (N, out_channels, H, W). `norm` "batch" normalises the sum before the
-    ReLU (Ioffe and Szegedy 2015), `downsample` halves H and W before that by max pooling, and
-    `residual` adds the input to the output where their shapes agree (He et al. 2016)."""
+    (N, in_channels, H, W) -> (N, out_channels, H, W). One with a softmax is a plain convolution,
+    its coefficient is 1. `norm` "batch" normalises the sum before the ReLU (Ioffe and Szegedy
+    2015), `downsample` halves H and W before that by max pooling, and `residual` adds the input to
+    the output where their shapes agree (He et al. 2016)."""
 
     def __init__(
         self,
@@ -72,6 +75,8 @@ class Block(nn.Module):
         self.convs = nn.Conv2d(in_channels, k * out_channels, 3, padding=1)
         self.gate_linear = nn.Linear(in_channels, k)
         self.gate = GATES[gate]
+        self.gated = k > 1 or gate not in ("softmax", "mean")
+        self.gate_linear.requires_grad_(self.gated)
         self.downsample = downsample
         self.pool = Pool(F.max_pool2d, 2) if downsample else nn.Identity()
         self.norm = nn.Identity()
@@ -82,7 +87,10 @@ class Block(nn.Module):
         self.residual = residual and in_channels == out_channels and not downsample
 
     def coefficients(self, x):
-        """Return the coefficients a of each image, float32: (N, in_channels, H, W) -> (N, k)."""
+        """Return the coefficients a of each image, float32: (N, in_channels, H, W) -> (N, k); None
+        if a single one is always 1."""
+        if not self.gated:
+            return None
         pooled = x.mean(dim=(2, 3))
         with torch.autocast(x.device.type, enabled=False):  # softmax is to sum to one
             return self.gate(self.gate_linear(pooled.to(self.gate_linear.weight.dtype)))
@@ -94,15 +102,31 @@ class Block(nn.Module):
         return x + y if self.residual else y
 
 
+class Whitening(nn.Sequential):
+    """Kernels of 2x2 pixels that decorrelate the images' patches, and the same with the other sign,
+    then ReLU: (N, 3, 32, 32) -> (N, 24, 31, 31). They stay fixed, as in airbench (Jordan 2024)."""
+
+    def __init__(self):
+        patch = 3 * WHITENING**2
+        super().__init__(nn.Conv2d(3, 2 * patch, WHITENING, bias=False), nn.ReLU())
+        self.requires_grad_(False)
+
+    @torch.no_grad()
+    def fit(self, x):
+        """Set the kernels to those of the images x (N, 3, H, W)."""
+        kernels = whitening_kernels(x, WHITENING)
+        self[0].weight.copy_(torch.cat([kernels, -kernels]))
+
+
 class Backbone(nn.Sequential):
     """One Block per entry of `arch`, its output channels; they are the next block's input channels:
-    (N, 3, 32, 32) -> (N, arch[-1], size, size). The blocks whose numbers, from 1 on, are in
-    `downsample` halve the images."""
+    (N, channels, in_size, in_size) -> (N, arch[-1], size, size). The blocks whose numbers, from 1
+    on, are in `downsample` halve the images."""
 
-    def __init__(self, arch, downsample, **block_options):
+    def __init__(self, arch, downsample, channels=3, size=IMAGE_SIZE, **block_options):
         super().__init__()
-        self.size = IMAGE_SIZE
-        for number, (inputs, outputs) in enumerate(zip([3, *arch], arch), start=1):
+        self.in_size = self.size = size
+        for number, (inputs, outputs) in enumerate(zip([channels, *arch], arch), start=1):
             block = Block(inputs, outputs, downsample=number in downsample, **block_options)
             self.add_module(f"block{number}", block)
             self.size //= 2 if block.downsample else 1
@@ -130,17 +154,23 @@ class Classifier(nn.Sequential):
 
 def build_model(options, classes=10):
     """Return the network of a dict of options: those it lacks are DEFAULTS, others are ignored. It
-    is an nn.Sequential of `backbone` and `classifier`: (N, 3, 32, 32) -> logits (N, classes). Its
-    attribute `macs` is what count_macs says of it."""
-    options = DEFAULTS | options
+    is an nn.Sequential of `whitening`, if that is wanted, `backbone` and `classifier`: (N, 3, 32,
+    32) -> logits (N, classes). Its attribute `macs` is what count_macs says of it."""
+    options, parts = DEFAULTS | options, OrderedDict()
     block = {name: options[name] for name in ("k", "gate", "norm", "downsample", "residual")}
+    if options["whiten"]:
+        parts["whitening"] = Whitening()
+        block |= {"channels": 6 * WHITENING**2, "size": IMAGE_SIZE - WHITENING + 1}
     backbone = Backbone(options["arch"], relu=options["block_relu"], **block)
     head = {name: options[name] for name in ("pool", "fc", "hidden", "dropout", "logit_scale")}
     classifier = Classifier(options["arch"][-1], backbone.size, classes, **head)
-    model = nn.Sequential(OrderedDict(backbone=backbone, classifier=classifier))
+    model = nn.Sequential(parts | OrderedDict(backbone=backbone, classifier=classifier))
     model.macs = count_macs(model)
     if options["init"] == "he":
-        model.apply(initialise_he)
+        backbone.apply(initialise_he)
+        classifier.apply(initialise_he)
+    if options["init"] == "dirac":
+        backbone.apply(initialise_dirac)
     return model
 
 
@@ -152,21 +182,37 @@ def initialise_he(module):
 
 
 @torch.no_grad()
+def initialise_dirac(module):
+    """Add the identity to each set of a block's kernels, so that it passes on what it gets, as
+    airbench's convolutions do (Jordan 2024). There it replaces kernels: k sets would be alike."""
+    if isinstance(module, Block):
+        weight = module.convs.weight
+        weight += nn.init.dirac_(torch.empty_like(weight), module.gate_linear.out_features)
+
+
+@torch.no_grad()
 def initialise_whitening(block, x):
     """Set each of a block's k sets of kernels to whiten images like x (N, C, H, W), and freeze it:
-    half of its kernels are principal components of the images' 3x3 patches over their standard
-    deviations, the others minus those (as in airbench, Jordan 2024). Kernels that are left over
-    stay random."""
-    patches = F.unfold(x, 3).transpose(1, 2).flatten(0, 1)  # (patches, 9 C)
-    variances, components = torch.linalg.eigh(patches.T @ patches / len(patches))
-    # airbench's 5e-4 keeps components of hardly any variance, noise, from being blown up.
-    whitening = (components / (variances + 5e-4).sqrt()).T.flip(0)  # the largest variance first
+    half of its kernels are the first of those that do, the others minus those. Kernels that are
+    left over stay random."""
+    whitening = whitening_kernels(x, 3)
     for kernels in block.convs.weight.chunk(block.gate_linear.out_features):
         half = min(len(whitening), len(kernels) // 2)
-        kernels[:half] = whitening[:half].view_as(kernels[:half])
+        kernels[:half] = whitening[:half]
         kernels[half : 2 * half] = -kernels[:half]
     # The kernels of the largest components are tiny: one step would wipe them out.
     block.convs.requires_grad_(False)
+
+
+def whitening_kernels(x, size):
+    """Return kernels (components, C, size, size) that decorrelate images like x (N, C, H, W): the
+    principal components of their patches, each over its standard deviation, the one of largest
+    variance first."""
+    patches = F.unfold(x, size).transpose(1, 2).flatten(0, 1)  # (patches, size**2 C)
+    variances, components = torch.linalg.eigh(patches.T @ patches / len(patches))
+    # airbench's 5e-4 keeps components of hardly any variance, noise, from being blown up.
+    whitening = (components / (variances + 5e-4).sqrt()).T.flip(0)
+    return whitening.unflatten(1, (x.shape[1], size, size))
 
 
 @torch.inference_mode()
@@ -185,9 +231,11 @@ def predict(model, batches, amp):
 def count_macs(model):
     """Return the multiply-accumulates of an image's forward pass, all k convolutions and their
     weighting included, without normalisation and pooling."""
-    pixels, macs = IMAGE_SIZE**2, 0
+    size, macs = model.backbone.in_size, 0
+    if hasattr(model, "whitening"):
+        macs += size**2 * model.whitening[0].weight.numel()
     for block in model.backbone:
-        macs += pixels * sum(weights.numel() for weights in block.convs.parameters())
-        pixels //= 4 if block.downsample else 1
+        macs += size**2 * sum(weights.numel() for weights in block.convs.parameters())
+        size //= 2 if block.downsample else 1
     linear_layers = (layer for layer in model.modules() if isinstance(layer, nn.Linear))
     return macs + sum(layer.weight.numel() for layer in linear_layers)

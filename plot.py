@@ -101,7 +101,8 @@ def list_pictures(runs, rows, args):
         if "test" in run:
             what = run["test"], one_title or run["name"]
             yield run["path"], f"{run['name']}-test", draw_test, *what
-            yield run["path"], f"{run['name']}-gates", draw_gates, *what, args.blocks
+            if run["test"]["gates"] or args.blocks:  # k = 1 has none
+                yield run["path"], f"{run['name']}-gates", draw_gates, *what, args.blocks
     if len(rows) > 1:
         compared = rows, args.title or "", args.minutes
         yield runs[0]["path"], "comparison", draw_comparison, *compared

@@ -148,9 +148,12 @@ def make_model(args, train_set, device, precision):
     images, on the device."""
     torch.manual_seed(args.seed)
     model = build_model(vars(args), len(train_set.classes))
-    if args.init == "whiten":
+    if args.whiten or args.init == "whiten":
         x, _ = next(train_set.batches(1_000))  # a million patches, for 27 x 27 covariances
-        initialise_whitening(model.backbone[0], x.cpu())
+        if args.whiten:
+            model.whitening.fit(x.cpu())
+        else:
+            initialise_whitening(model.backbone[0], x.cpu())
     return model.to(device, memory_format=fast.memory_format(device, precision))
 
 
@@ -231,8 +234,11 @@ def parse_args(argv=None):
     add("--hidden", type=positive, help="units of each hidden one")
     add("--dropout", type=fraction, help="probability, after each hidden layer")
     add("--logit-scale", type=number(float, 0), help="factor of the last layer's outputs")
-    inits = "He's, PyTorch's default, or this and a first block fixed to whiten the images"
-    add("--init", choices=("he", "default", "whiten"), help=inits)
+    inits = "He's, PyTorch's default, or this with the identity added in the blocks (dirac) or a "
+    inits += "first block fixed to whiten the images"
+    add("--init", choices=("he", "default", "dirac", "whiten"), help=inits)
+    whitening = "a fixed layer before the first block that decorrelates the images' 2x2 patches"
+    add("--whiten", action=on_off, help=whitening)
     parser.set_defaults(**DEFAULTS)
 
     add = parser.add_argument_group("optimisation").add_argument
@@ -279,6 +285,8 @@ def refuse_contradictions(args, parser):
         parser.error(f"--name {name!r} becomes part of file names; --out takes the folder")
     if args.resume and args.overwrite:
         parser.error("--resume goes on with a run and --overwrite replaces it: give one of them")
+    if args.whiten and args.init == "whiten":
+        parser.error("--whiten and --init whiten: one of them whitens the images")
     halving, blocks = set(args.downsample), len(args.arch)
     if len(halving) > MOST_HALVINGS or max(halving, default=0) > blocks:
         numbers = " ".join(map(str, args.downsample))

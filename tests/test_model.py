@@ -134,6 +134,11 @@ def test_multiply_accumulates_are_counted_by_hand():
     assert count_macs(build_model(options)) == first + second + classifier
     halved = 16 * 16 * (kernels + biases) + gate
     assert count_macs(build_model(options | {"downsample": [1]})) == first + halved + classifier
+    whitened = build_model(options | {"downsample": [1], "whiten": True, "pool": "max"})
+    layer = 31 * 31 * 24 * 12
+    first = 31 * 31 * (2 * 24 * 4 * 9 + 2 * 4) + 24 * 2
+    halved = 15 * 15 * (kernels + biases) + gate
+    assert count_macs(whitened) == layer + first + halved + 6 * 10
 
 
 @pytest.mark.parametrize("width, whitened", [(64, 27), (16, 8)])
@@ -149,3 +154,57 @@ def test_a_whitened_block_gives_fixed_uncorrelated_outputs_of_unit_variance(widt
         second_moments = outputs[:whitened] @ outputs[:whitened].T / outputs.shape[1]
         torch.testing.assert_close(second_moments, torch.eye(whitened), atol=0.03, rtol=0)
         assert torch.equal(outputs[whitened : 2 * whitened], -outputs[:whitened])
+
+
+def test_whitening_gives_uncorrelated_outputs_of_unit_variance_and_their_opposites():
+    torch.manual_seed(0)
+    x = torch.randn(20, 3, 32, 32).cumsum(3)  # neighbours are alike
+    model = build_model({"arch": [4, 4], "whiten": True, "fc": 1})
+    model.whitening.fit(x)
+    outputs = model.whitening[0](x)
+    positive = outputs[:, :12].transpose(0, 1).flatten(1)
+    second_moments = positive @ positive.T / positive.shape[1]
+    torch.testing.assert_close(second_moments, torch.eye(12), atol=0.03, rtol=0)
+    torch.testing.assert_close(outputs[:, 12:], -outputs[:, :12])
+    assert torch.equal(model.whitening(x), outputs.relu())
+
+
+def test_whitening_stays_fixed_and_the_blocks_after_it_learn():
+    model = build_model({"arch": [4, 6], "whiten": True, "downsample": [1, 2], "fc": 1})
+    assert [block.convs.in_channels for block in model.backbone] == [24, 4]
+    assert (model.backbone.in_size, model.backbone.size) == (31, 7)
+    model(torch.randn(2, 3, 32, 32)).sum().backward()
+    assert not any(weights.requires_grad for weights in model.whitening.parameters())
+    assert all(weights.grad is not None for weights in model.backbone.parameters())
+
+
+@pytest.mark.parametrize("inputs, outputs", [(5, 8), (8, 8), (8, 5)])
+def test_dirac_adds_the_identity_to_each_set_of_kernels(inputs, outputs):
+    kernels = []
+    for init in ("default", "dirac"):
+        torch.manual_seed(0)
+        model = build_model({"arch": [inputs, outputs], "k": 3, "init": init, "fc": 1})
+        kernels.append(model.backbone.block2.convs.weight)
+    x, passed = torch.randn(2, inputs, 9, 9), min(inputs, outputs)
+    for identity in (kernels[1] - kernels[0]).chunk(3):
+        y = F.conv2d(x, identity, padding=1)
+        torch.testing.assert_close(y[:, :passed], x[:, :passed], atol=1e-5, rtol=0)
+        assert y[:, passed:].abs().sum() == 0
+
+
+@pytest.mark.parametrize("gate", ["softmax", "mean"])
+def test_one_set_of_kernels_without_a_choice_is_a_plain_convolution(gate):
+    block = Block(5, 7, k=1, gate=gate)
+    x = torch.randn(4, 5, 16, 16)
+    assert torch.equal(block(x), block.convs(x).relu())
+    torch.testing.assert_close(block(x), textbook_block(block)(x))
+    assert block.coefficients(x) is None
+    block(x).sum().backward()
+    assert block.gate_linear.weight.grad is None  # several processes would wait for it
+
+
+def test_one_set_of_kernels_is_weighted_by_a_gate_that_is_not_always_1():
+    block = Block(5, 7, k=1, gate="sigmoid")
+    x = torch.randn(4, 5, 16, 16)
+    weight = block.gate_linear(x.mean((2, 3))).sigmoid()[..., None, None]
+    torch.testing.assert_close(block(x), (weight * block.convs(x)).relu())

@@ -230,8 +230,15 @@ def test_a_tested_run_has_two_pictures_more(history, test, tmp_path):
     assert pictures(tmp_path) == ["row4-gates.png", "row4-test.png", "row4.png"]
 
 
+def test_networks_without_a_choice_have_no_picture_of_gates(history, test, tmp_path):
+    path = save(tmp_path, history | {"test": test | {"gates": []}})
+    assert draw(*path) == 0
+    assert pictures(tmp_path) == ["row4-test.png", "row4.png"]
+    assert "--blocks 1: there are 1 to 0" in draw(*path, "--blocks", "1")
+
+
 def test_damaged_test_figures_are_named_and_the_rest_drawn(history, test, tmp_path):
-    damaged = test | {"confusion": "?", "gates": []}
+    damaged = test | {"confusion": "?", "gates": "?"}
     problems = draw(*save(tmp_path, history | {"test": damaged}))
     assert problems.count("is not drawn: ") == 2
     assert (tmp_path / "row4.png").exists()

@@ -133,6 +133,8 @@ def test_optimisers_are_pytorchs_with_its_defaults(options, kind, expected, monk
     "option, first",
     [
         ("--init whiten", 0),
+        ("--init dirac", 0),
+        ("--whiten", 0),
         ("--no-block-relu", 0),
         ("--norm batch", 0),
         ("--downsample 2", 0),
