@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import CIFAR10, ROOT, TINY, changed, ended, evaluate_in, files, needs_cifar10
-from PIL import Image, ImageOps
+from PIL import Image
 
 import data
 import evaluate
@@ -227,25 +227,38 @@ def test_test_time_augmentation_stands_beside_the_plain_metrics(checkpoint, eval
     plain, augmented = evaluated.test, evaluate_in(checkpoint.parent, "--tta")
     model = load_model(checkpoint)
     ((images, labels),) = data.load("shapes", train=False).batches(1_000)
-    logits = (model(images) + model(images.flip(3))) / 2
+    logits = 2 * model(images) + 2 * model(images.flip(3))
+    padded = F.pad(images, (1, 1, 1, 1), mode="reflect")
+    for moved in (padded[:, :, :-2, :-2], padded[:, :, 2:, 2:]):  # by a pixel, to either corner
+        logits += model(moved) + model(moved.flip(3))
+    logits /= 8
     accuracy = 100 * (logits.argmax(1) == labels).double().mean().item()
     loss = F.cross_entropy(logits, labels).item()
     *_, line, last = capsys.readouterr().out.splitlines()
     assert evaluate_in(checkpoint.parent) == augmented  # without --tta, which is kept
-    assert augmented.pop("tta") == pytest.approx({"accuracy": accuracy, "loss": loss})
+    assert augmented.pop("tta") == pytest.approx({"accuracy": accuracy, "loss": loss, "views": 6})
     assert augmented == plain
-    assert line == f"With flip test-time augmentation: {accuracy:.2f}%"
+    assert line == f"With test-time augmentation, six views: {accuracy:.2f}%"
     assert last == f"Final Model Test Accuracy: {plain['accuracy']:.2f}%"
 
 
-def test_mirrored_photos_are_alike_with_test_time_augmentation(checkpoint, tmp_path, capsys):
-    photos = [str(tmp_path / "photo.png"), str(tmp_path / "mirrored.png")]
-    PHOTO.save(photos[0])
-    ImageOps.mirror(PHOTO).save(photos[1])
-    evaluate.main([str(checkpoint), "--tta", "--image", *photos])
-    first, second = (line.partition(": ")[2] for line in capsys.readouterr().out.splitlines())
-    assert first == second
-    assert first.endswith("% (flip test-time augmentation)")
+def test_photos_of_test_time_augmentation_say_so_and_differ_from_plain_ones(
+    checkpoint, tmp_path, capsys
+):
+    PHOTO.save(tmp_path / "photo.png")
+    command = [str(checkpoint), "--image", str(tmp_path / "photo.png")]
+    evaluate.main(command)
+    evaluate.main([*command, "--tta"])
+    plain, augmented = capsys.readouterr().out.splitlines()
+    assert augmented.endswith("% (mean of six views)")
+    assert augmented.removesuffix(" (mean of six views)") != plain
+
+
+def test_a_moved_image_shows_its_mirror_image_at_the_edge():
+    x = torch.arange(9.0).view(1, 1, 3, 3)  # 0 1 2, 3 4 5, 6 7 8
+    assert evaluate.move(x, 1, False).flatten().tolist() == [4, 3, 4, 1, 0, 1, 4, 3, 4]
+    assert evaluate.move(x, -1, False).flatten().tolist() == [4, 5, 4, 7, 8, 7, 4, 5, 4]
+    assert evaluate.move(x, 0, True).flatten().tolist() == [2, 1, 0, 5, 4, 3, 8, 7, 6]
 
 
 def test_the_wrong_images_are_drawn(evaluated):
