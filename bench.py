@@ -37,7 +37,8 @@ TURNS = 5
 SHAPES = (  # of a block: channels in and out, pixels of a side, k
     *((3, 64, 32, 3), (64, 128, 32, 3), (128, 256, 32, 3), (256, 512, 32, 3)),  # of final
     *((8, 4, 32, 3), (16, 8, 32, 3)),  # of row 4
-    *((64, 128, 32, 2), (128, 128, 16, 2), (256, 256, 8, 2), (512, 512, 4, 2)),
+    *((64, 128, 32, 2), (128, 128, 16, 2), (256, 256, 8, 2)),
+    *((24, 128, 31, 2), (128, 384, 15, 2), (384, 384, 7, 2)),  # behind --whiten
 )
 ROWS = {  # of ablations.sh and recipe.sh: options of train.py, less those of the optimiser
     "row 4": "--arch 16 8 4 --fc 1 --init default",

@@ -91,7 +91,7 @@ def choose_form(x, coefficients, convs):
         enough = size >= 32 and x.shape[1] >= 128
     else:
         enough = outputs >= 8 or compute_dtype(x) == torch.bfloat16
-    return "kernels" if size >= 16 and enough else "outputs"
+    return "kernels" if size >= 15 and enough else "outputs"
 
 
 def compute_dtype(x):
