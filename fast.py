@@ -34,10 +34,11 @@ def gated_conv(x, coefficients, convs):
     form = "outputs"
     if coefficients is not None:
         form = choose_form(x, coefficients, convs) if FORM == "auto" else FORM
-    # Convolutions of many channels are fastest with those of a pixel together in memory, and so are
-    # pooling and batch normalisation after them: 1.1 to 1.6 times on CPUs, float32 and bfloat16.
-    together = form == "outputs" and x.shape[1] >= 16
-    together = together or is_channels_last(convs.weight)
+    # Whole convolutions of many channels are fastest with those of a pixel together in memory, and
+    # so are pooling and batch normalisation after them: 1.1 to 1.6 times (Zen 5; AVX2 and AVX512,
+    # float32 and bfloat16). Where memory_format wants it, all are so.
+    whole = form == "outputs" and x.shape[1] >= 16
+    together = whole or is_channels_last(convs.weight)
     x = x.contiguous(memory_format=torch.channels_last if together else torch.contiguous_format)
     return convs(x) if coefficients is None else FORMS[form](x, coefficients, convs)
 
@@ -61,13 +62,13 @@ def mix_kernels(x, coefficients, convs):
 FORMS = {"outputs": weight_outputs, "kernels": mix_kernels}
 
 
-# Forward and backward of a block, ms, by python bench.py --only form. Zen 4 in bfloat16, two cores:
+# Forward and backward of a block, ms, by python bench.py --only form. Zen 5 in bfloat16, two cores:
 #                                    outputs  kernels
-#   64 to 128, 32x32, k = 3, batch 32     132       48
-#  256 to 512, 32x32, k = 3, batch 32    1699      606
-#  128 to 128, 16x16, k = 2, batch 128    157      108
-#  256 to 256,   8x8, k = 2, batch 512    539      788
-# Intel Xeon without AMX in float32, two cores:
+#   64 to 128, 32x32, k = 3, batch 32      63       26
+#  256 to 512, 32x32, k = 3, batch 32     785      325
+#  128 to 384, 15x15, k = 2, batch 128    186      158
+#  256 to 256,   8x8, k = 2, batch 512    259      510
+# Intel Xeon without AMX in float32, two cores (outputs with channels apart, by einsum):
 #    8 to 4,   32x32, k = 3, batch 32     3.1      3.4
 #   16 to 8,   32x32, k = 3, batch 32     5.5      3.7
 #  256 to 512, 32x32, k = 3, batch 32    2155      858
@@ -258,8 +259,9 @@ class Pool(nn.Module):
 
 
 def memory_format(device, precision):
-    """The memory format in which networks train fastest: on GPUs, and in bfloat16 on CPUs with AMX,
-    the channels of a pixel together; elsewhere the pixels of a channel."""
+    """The memory format that a network is put into: on GPUs, and in bfloat16 on CPUs with AMX, the
+    channels of a pixel together; elsewhere the pixels of a channel, and gated_conv says where its
+    input is better the other way."""
     amx = device.type == "cpu" and precision == "bfloat16" and torch.cpu._is_amx_tile_supported()
     return torch.channels_last if device.type == "cuda" or amx else torch.contiguous_format
 

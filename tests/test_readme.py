@@ -279,6 +279,21 @@ def test_the_readme_says_how_much_faster_steps_of_the_report_are():
     assert f"are {min(ratios):.1f} to {max(ratios):.1f} times as fast as the textbook's" in TEXT
 
 
+def test_a_sum_of_three_convolutions_takes_hardly_longer_than_one():
+    report = json.loads((ROOT / "results/bench/forms-cpu.json").read_text())
+    wide, small = [], []
+    for row in report["results"]:
+        inputs, size, k = (int(re.findall(r"\d+", row["what"])[place]) for place in (0, 2, 4))
+        chosen, *_, plain, _ = row["seconds"].values()
+        ratio = median(own / one for own, one in zip(chosen, plain))
+        wide += [ratio] if k == 3 and inputs >= 64 else []
+        small += [ratio] if size <= 8 else []
+    text = " ".join((ROOT / "docs/speed.md").read_text().split())
+    took = f"take {min(wide):.1f} to {max(wide):.1f} times as long as with k = 1"
+    assert len(wide) == 3 and f"wide blocks of the final model, k = 3, {took}" in text
+    assert len(small) == 2 and [round(ratio) for ratio in small] == [2, 2]
+
+
 LINKS = [
     (page, link)
     for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("results/**/*.md")]
