@@ -128,11 +128,20 @@ def test_the_relu_gates_that_lived_are_as_far_below_final_as_is_said():
 
 
 def test_mirror_images_gain_what_is_said():
-    flipped = [
-        run["epochs"][-1]["val_accuracy"] for run in read("results/readings/small/final-flip*")
-    ]
-    gain = fmean(flipped) - fmean(accuracies_at_a_quarter("final"))
-    assert f"gain {gain:.1f} of them in a smaller network" in TEXT
+    readings, gains, below = (ROOT / "results/readings/README.md").read_text(), [], []
+    for row, reported in (("row3", 82.01), ("row5", 79.34), ("final", 82.84)):
+        flipped = last_accuracies(read(f"results/readings/small/{row}-flip*.json"))
+        plain = accuracies_at_a_quarter(row)
+        assert len(flipped) == 3 and compare_by_welch(flipped, plain) < 0.05
+        gains.append(fmean(flipped) - fmean(plain))
+        below.append(reported - fmean(flipped))
+        spread = sum(map(statistics.variance, (flipped, plain))) ** 0.5
+        cells = reported, as_published(plain), as_published(flipped)
+        line = "| {} | {} % | {} | {} | {:+.2f} ± {:.2f} |"
+        assert line.format(row, *cells, gains[-1], spread) in readings
+    assert f"gain {min(gains):.1f} to {max(gains):.1f} points in smaller networks" in TEXT
+    assert f"end {min(below):.1f} to {max(below):.1f} points below the report" in TEXT
+    assert f"end {min(below):.1f} to {max(below):.1f} points below the report" in readings
 
 
 def test_the_findings_have_the_figures_of_the_claims():
@@ -242,7 +251,7 @@ def test_the_snippet_of_the_readme_names_eight_classes(monkeypatch):
 
 
 STEPS = {
-    "cpu.json": "two CPU cores (AMD Zen 4)",
+    "cpu.json": "two CPU cores (AMD Zen 5)",
     "cpu-float32.json": "two CPU cores (Intel Xeon, float32)",
     "gpu.json": "one H200",
 }
@@ -292,6 +301,9 @@ def test_a_sum_of_three_convolutions_takes_hardly_longer_than_one():
     text = " ".join((ROOT / "docs/speed.md").read_text().split())
     took = f"take {min(wide):.1f} to {max(wide):.1f} times as long as with k = 1"
     assert len(wide) == 3 and f"wide blocks of the final model, k = 3, {took}" in text
+    final = [list(row["seconds"].values()) for row in report["results"][:4]]
+    chosen, products = (sum(median(values[place]) for values in final) for place in (0, -1))
+    assert f"the final model take {chosen / products:.1f} times as long as matrix products" in text
     cost = f"**Three convolutions cost {min(wide):.1f} to {max(wide):.1f} times one**"
     assert cost in TEXT
     assert len(small) == 2 and [round(ratio) for ratio in small] == [2, 2]
