@@ -45,6 +45,7 @@ def minutes(history):
         ("docs/recipe.md", "controls", 5),
         ("docs/recipe.md", "without", 2),
         ("docs/recipe.md", "wider", 4),
+        ("docs/recipe.md", "settings", 3),
     ],
 )
 def test_a_table_has_the_figures_of_the_results(page, folder, column):
@@ -56,6 +57,12 @@ def test_a_table_has_the_figures_of_the_results(page, folder, column):
         each = ", ".join(f"{accuracy:.2f}" for accuracy in sorted(accuracies)) + " %"
         published = each if one_of_them_died else as_published(accuracies)
         assert any(published in line[column] for line in cells if len(line) > column)
+
+
+def test_the_histories_of_changed_scripts_are_counted():
+    texts = [path.read_text() for path in ROOT.glob("results/**/*.json")]
+    changed = sum('-dirty"' in text for text in texts if '"batch_losses"' in text)
+    assert f"so have {changed} histories" in (ROOT / "docs/provenance.md").read_text()
 
 
 def epochs_at_a_quarter(row):
