@@ -55,8 +55,9 @@ def test_all_forms_have_the_textbooks_values(images, inputs, outputs, k, layout,
     torch.testing.assert_close([y, grad, as_textbook(grads, k)], expected, atol=1e-8, rtol=1e-8)
 
 
-def test_all_forms_agree_in_a_network_that_goes_beyond_the_report(layout, form, monkeypatch):
-    network = build_model(BEYOND).double().to(memory_format=layout)
+@pytest.mark.parametrize("gate", [{}, {"k": 1, "gate": "sigmoid"}], ids=["choice", "one set"])
+def test_all_forms_agree_in_a_network_that_goes_beyond_the_report(gate, layout, form, monkeypatch):
+    network = build_model(BEYOND | gate).double().to(memory_format=layout)
     x = torch.randn(4, 3, 32, 32, dtype=torch.double)
     ours = values(network, x)
     monkeypatch.setattr(fast, "FORM", "outputs")
