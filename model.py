@@ -159,8 +159,8 @@ def build_model(options, classes=10):
     options, parts = DEFAULTS | options, OrderedDict()
     block = {name: options[name] for name in ("k", "gate", "norm", "downsample", "residual")}
     if options["whiten"]:
-        parts["whitening"] = Whitening()
-        block |= {"channels": 6 * WHITENING**2, "size": IMAGE_SIZE - WHITENING + 1}
+        parts["whitening"] = whitening = Whitening()
+        block |= {"channels": whitening[0].out_channels, "size": IMAGE_SIZE - WHITENING + 1}
     backbone = Backbone(options["arch"], relu=options["block_relu"], **block)
     head = {name: options[name] for name in ("pool", "fc", "hidden", "dropout", "logit_scale")}
     classifier = Classifier(options["arch"][-1], backbone.size, classes, **head)
