@@ -54,8 +54,12 @@ def mix_kernels(x, coefficients, convs):
     if not len(x):
         return weight_outputs(x, coefficients, convs)  # grouped convolutions need a group
     k = coefficients.shape[1]
+    together = x.is_cuda or is_channels_last(convs.weight)  # there grouped convolutions are slow
+    if together and x.is_cpu and len(x) > 128:  # the patches of more would take gigabytes
+        parts = zip(x.split(128), coefficients.split(128))
+        return torch.cat([mix_kernels(*part, convs) for part in parts])
     kernels, biases = convs.weight.unflatten(0, (k, -1)), convs.bias.view(k, -1)
-    mixed = MixedProduct if x.is_cuda else MixedConvolution
+    mixed = MixedProduct if together else MixedConvolution
     return mixed.apply(x, coefficients, kernels, biases)
 
 
@@ -74,22 +78,25 @@ FORMS = {"outputs": weight_outputs, "kernels": mix_kernels}
 #  256 to 512, 32x32, k = 3, batch 32    2155      858
 #  128 to 128, 16x16, k = 2, batch 128    184      147
 #  256 to 256,   8x8, k = 2, batch 512    690     1147
+# Intel Xeon with AMX in bfloat16, two cores:
+#   64 to 128, 32x32, k = 3, batch 32      53       40
+#  256 to 512, 32x32, k = 3, batch 32     417      339
+#   16 to 8,   32x32, k = 3, batch 32     5.4      5.6
+#   64 to 128, 32x32, k = 2, batch 32      38       41
+#  128 to 384, 15x15, k = 2, batch 128    128      176
+#  256 to 256,   8x8, k = 2, batch 512    251      503
 # H200, bfloat16: training steps with kernels in so many of their blocks, those of most work first:
 #                      0     1     2     3     4
 #   final           15.0  12.1  11.0  10.8  10.2
 #   row 2            5.1   5.5   6.3
 #   best             8.6        10.3  11.5
-# CPUs with AMX, bfloat16, one thread, forward only, GFLOP/s counted as one convolution's work:
-#   64 to 128, 32x32, k = 3               253      101
-#  128 to 256, 32x32, k = 3               232      397
-#  128 to 128, 16x16, k = 3               245       90
 def choose_form(x, coefficients, convs):
     """Return the form that is fastest for such tensors, by name."""
     outputs, size = convs.out_channels // coefficients.shape[1], x.shape[-1]
     if x.is_cuda:  # smaller sums wait for Python, so what takes fewer calls is faster
         enough = len(x) * size**2 * convs.weight.numel() > 100_000_000_000
     elif is_channels_last(convs.weight):  # a CPU with AMX
-        enough = size >= 32 and x.shape[1] >= 128
+        enough = size >= 32 and outputs >= 16 and coefficients.shape[1] >= 3
     else:
         enough = outputs >= 8 or compute_dtype(x) == torch.bfloat16
     return "kernels" if size >= 15 and enough else "outputs"
@@ -169,19 +176,17 @@ class MixedConvolution(torch.autograd.Function):
 
 def _in_chunks(kernels, *tensors):
     """The tensors (N, ...) in chunks of images that stay in the cache with kernels and outputs.
-    In float32 that is 20 MB (12 to 36 MB are about as fast), in bfloat16 40 MB (30 to 90 MB).
-    Where channels are together, groups are not fast: image by image."""
+    In float32 that is 20 MB (12 to 36 MB are about as fast), in bfloat16 40 MB (30 to 90 MB)."""
     _, outputs, inputs, *_ = kernels.shape
     numbers = kernels[0].numel() + (inputs + outputs) * tensors[0][0, 0].numel()
     limit = 40_000_000 if kernels.dtype == torch.bfloat16 else 20_000_000  # bytes
     size = max(1, limit // (numbers * kernels.element_size()))
-    return zip(*(tensor.split(1 if is_channels_last(tensors[0]) else size) for tensor in tensors))
+    return zip(*(tensor.split(size) for tensor in tensors))
 
 
 def _as_groups(x):
-    """(N, C, H, W) -> (1, N * C, H, W), for a convolution with N groups. One image stays as it is:
-    a view has strides that PyTorch does not take for channels_last."""
-    return x if len(x) == 1 else x.reshape(1, -1, *x.shape[2:])
+    """(N, C, H, W) -> (1, N * C, H, W), for a convolution with N groups."""
+    return x.reshape(1, -1, *x.shape[2:])
 
 
 def _convolve_each(x, coefficients, kernels, biases=None):
@@ -189,12 +194,13 @@ def _convolve_each(x, coefficients, kernels, biases=None):
     weight = (coefficients @ kernels.flatten(1)).view(-1, *kernels.shape[2:])
     bias = None if biases is None else biases.flatten()
     y = F.conv2d(_as_groups(x), weight, bias, padding=1, groups=len(x))
-    return y if len(x) == 1 else y.view(len(x), -1, *x.shape[2:])
+    return y.view(len(x), -1, *x.shape[2:])
 
 
 class MixedProduct(torch.autograd.Function):
-    """The same for GPUs, where grouped convolutions are slow: each image's 3x3 patches, as rows of
-    a matrix, times its mixed kernels, as columns of another."""
+    """The same where the channels of a pixel are together, on GPUs and CPUs with AMX, on which
+    grouped convolutions are slow: each image's 3x3 patches, as rows of a matrix, times its mixed
+    kernels, as columns of another."""
 
     @staticmethod
     def forward(ctx, x, coefficients, kernels, biases):

@@ -46,7 +46,9 @@ def values(network, x):
     return [y, x.grad, gradients(network)]
 
 
-@pytest.mark.parametrize("images, inputs, outputs, k", [(4, 3, 8, 3), (1, 8, 4, 2), (5, 6, 6, 2)])
+@pytest.mark.parametrize(
+    "images, inputs, outputs, k", [(4, 3, 8, 3), (1, 8, 4, 2), (5, 6, 6, 2), (130, 2, 2, 2)]
+)
 def test_all_forms_have_the_textbooks_values(images, inputs, outputs, k, layout, form):
     block = Block(inputs, outputs, k).double().to(memory_format=layout)
     x = torch.randn(images, inputs, 16, 12, dtype=torch.double)
@@ -131,8 +133,7 @@ def measured(file):
     report = json.loads((ROOT / "results" / "bench" / file).read_text())
     for row in report["results"]:
         seconds = {form: median(row["seconds"][form]) for form in fast.FORMS}
-        name = f"{row['what']}, {report['precision']}"
-        yield pytest.param(report["precision"], row["what"], seconds, id=name)
+        yield report["precision"], row["what"], seconds
 
 
 def choose(inputs, outputs, size, k, batch, precision="float32", device=None, amx=False):
@@ -146,21 +147,12 @@ def choose(inputs, outputs, size, k, batch, precision="float32", device=None, am
         return fast.choose_form(x, coefficients, convs)
 
 
-@pytest.mark.parametrize(
-    "precision, what, seconds", [*measured("forms-cpu.json"), *measured("forms-cpu-float32.json")]
-)
-def test_auto_is_the_form_that_was_measured_to_be_the_fastest(precision, what, seconds):
-    inputs, outputs, size, _, k, batch = map(int, re.findall(r"\d+", what))
-    chosen = choose(inputs, outputs, size, k, batch, precision)
-    assert seconds[chosen] == min(seconds.values())
-
-
-@pytest.mark.parametrize(
-    "inputs, outputs, size, fastest",
-    [(64, 128, 32, "outputs"), (128, 256, 32, "kernels"), (128, 128, 16, "outputs")],
-)
-def test_so_it_is_on_cpus_with_amx(inputs, outputs, size, fastest):
-    assert choose(inputs, outputs, size, 3, 1, "bfloat16", amx=True) == fastest
+@pytest.mark.parametrize("file", ["forms-cpu.json", "forms-cpu-float32.json", "forms-cpu-amx.json"])
+def test_auto_is_the_form_that_was_measured_to_be_the_fastest(file):
+    for precision, what, seconds in measured(file):
+        inputs, outputs, size, _, k, batch = map(int, re.findall(r"\d+", what))
+        chosen = choose(inputs, outputs, size, k, batch, precision, amx="amx" in file)
+        assert seconds[chosen] == min(seconds.values()), what
 
 
 def test_on_a_gpu_auto_mixes_kernels_in_the_wide_blocks_of_final_alone():

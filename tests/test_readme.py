@@ -259,6 +259,7 @@ def test_the_snippet_of_the_readme_names_eight_classes(monkeypatch):
 
 STEPS = {
     "cpu.json": "two CPU cores (AMD Zen 5)",
+    "cpu-amx.json": "two CPU cores (Intel Xeon with AMX)",
     "cpu-float32.json": "two CPU cores (Intel Xeon, float32)",
     "gpu.json": "one H200",
 }
@@ -284,7 +285,7 @@ def test_the_ratios_of_training_steps_are_those_measured(file, where):
 
 def test_the_readme_says_how_much_faster_steps_of_the_report_are():
     ratios = []
-    for file in ("cpu.json", "cpu-float32.json"):
+    for file in ("cpu.json", "cpu-amx.json", "cpu-float32.json"):
         report = json.loads((ROOT / "results/bench" / file).read_text())
         for row in report["results"]:
             if re.search("row 4|row 2|final", row["what"]):
@@ -292,12 +293,14 @@ def test_the_readme_says_how_much_faster_steps_of_the_report_are():
                     row["seconds"][f"{who}, {report['precision']}"] for who in ("ours", "textbook")
                 )
                 ratios.append(median(other / own for other, own in zip(textbook, ours)))
-    assert len(ratios) == 6
+    assert len(ratios) == 9
     assert f"are {min(ratios):.1f} to {max(ratios):.1f} times as fast as the textbook's" in TEXT
 
 
-def test_a_sum_of_three_convolutions_takes_hardly_longer_than_one():
-    report = json.loads((ROOT / "results/bench/forms-cpu.json").read_text())
+def forms_and_ratios(file):
+    """The results of a file of bench.py, and how many times as long as with k = 1 the final model's
+    wide blocks take, and those of 8x8 pixels and below."""
+    report = json.loads((ROOT / "results/bench" / file).read_text())
     wide, small = [], []
     for row in report["results"]:
         inputs, size, k = (int(re.findall(r"\d+", row["what"])[place]) for place in (0, 2, 4))
@@ -305,15 +308,21 @@ def test_a_sum_of_three_convolutions_takes_hardly_longer_than_one():
         ratio = median(own / one for own, one in zip(chosen, plain))
         wide += [ratio] if k == 3 and inputs >= 64 else []
         small += [ratio] if size <= 8 else []
+    assert len(wide) == 3 and len(small) == 2
+    return report["results"], f"{min(wide):.1f} to {max(wide):.1f}", small
+
+
+def test_what_a_sum_of_three_convolutions_costs_against_one():
+    results, wide, small = forms_and_ratios("forms-cpu.json")
     text = " ".join((ROOT / "docs/speed.md").read_text().split())
-    took = f"take {min(wide):.1f} to {max(wide):.1f} times as long as with k = 1"
-    assert len(wide) == 3 and f"wide blocks of the final model, k = 3, {took}" in text
-    final = [list(row["seconds"].values()) for row in report["results"][:4]]
+    assert f"blocks of the final model, k = 3, take {wide} times as long as with k = 1" in text
+    final = [list(row["seconds"].values()) for row in results[:4]]
     chosen, products = (sum(median(values[place]) for values in final) for place in (0, -1))
     assert f"the final model take {chosen / products:.1f} times as long as matrix products" in text
-    cost = f"**Three convolutions cost {min(wide):.1f} to {max(wide):.1f} times one**"
-    assert cost in TEXT
-    assert len(small) == 2 and [round(ratio) for ratio in small] == [2, 2]
+    assert f"**Three convolutions cost {wide} times one**" in TEXT
+    assert [round(ratio) for ratio in small] == [2, 2]
+    _, wide, _ = forms_and_ratios("forms-cpu-amx.json")
+    assert f"there the wide blocks take {wide} times as long." in text
 
 
 LINKS = [
