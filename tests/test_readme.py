@@ -59,6 +59,25 @@ def test_a_table_has_the_figures_of_the_results(page, folder, column):
         assert any(published in line[column] for line in cells if len(line) > column)
 
 
+@pytest.mark.parametrize(
+    "folder, base, column",
+    [("without", "controls/all", 3), ("wider", "wider/all", 5), ("settings", "settings/base", 4)],
+)
+def test_so_have_the_differences_in_the_recipes_tables(folder, base, column):
+    lines = (ROOT / "docs/recipe.md").read_text().splitlines()
+    others = last_accuracies(read(f"results/{base}.json") + read(f"results/{base}-seed*.json"))
+    rows = group(read(f"results/{folder}/*.json"))
+    assert len(others) == 3 and len(rows) > 5
+    for row in rows:
+        if sorted(accuracies := last_accuracies(row)) == sorted(others):
+            continue
+        difference = fmean(accuracies) - fmean(others)
+        spread = math.hypot(statistics.stdev(accuracies), statistics.stdev(others))
+        cells = [line.split("|") for line in lines if line.startswith(f"| {name_row(row)} ")]
+        published = f" {difference:+.2f} ± {spread:.2f} ".replace("-", "−")
+        assert any(published == line[column] for line in cells if len(line) > column)
+
+
 def test_the_histories_of_changed_scripts_are_counted():
     texts = [path.read_text() for path in ROOT.glob("results/**/*.json")]
     changed = sum('-dirty"' in text for text in texts if '"batch_losses"' in text)
