@@ -78,6 +78,11 @@ def test_so_have_the_differences_in_the_recipes_tables(folder, base, column):
         assert any(published == line[column] for line in cells if len(line) > column)
 
 
+def test_the_recipe_says_where_the_next_quick_network_ends():
+    (accuracy,) = last_accuracies(read("results/search/quick.json"))
+    assert f"seed 0 ends at {accuracy:.2f} %" in (ROOT / "docs/recipe.md").read_text()
+
+
 def test_the_histories_of_changed_scripts_are_counted():
     texts = [path.read_text() for path in ROOT.glob("results/**/*.json")]
     changed = sum('-dirty"' in text for text in texts if '"batch_losses"' in text)
