@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from PIL import ImageOps
 
+import fast
 import gallery
 from checkpoint import load_checkpoint, load_model, write_checkpoint
 from data import Dataset, load
@@ -121,10 +122,11 @@ def advise_out():
 
 
 def open_checkpoint(path, args):
-    """Return (model, device, autocast context), the model on the device."""
+    """Return (model, device, autocast context), the model on the device, in its memory format."""
     model, device = load_model(path), set_up_device(args.device)
     precision = model.precision if args.precision == "auto" else args.precision
-    return model.to(device), device, autocast(device, precision)
+    model.to(device, memory_format=fast.memory_format(device, precision))
+    return model, device, autocast(device, precision)
 
 
 def measure(model, batches, amp, classes, tta):
@@ -212,7 +214,7 @@ def measure_similarity(block):
     """Return the mean cosine between a block's k sets of kernels, each as one long vector: at 1 its
     sum is one convolution, whatever the coefficients. None of k = 1."""
     k = block.gate_linear.out_features
-    kernels = F.normalize(block.convs.weight.cpu().view(k, -1), dim=1)
+    kernels = F.normalize(block.convs.weight.cpu().reshape(k, -1), dim=1)
     cosines = (kernels @ kernels.T)[~torch.eye(k, dtype=torch.bool)]
     return cosines.mean().item() if k > 1 else None
 
