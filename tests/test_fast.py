@@ -129,11 +129,13 @@ def test_no_images_have_no_loss_and_gradients_of_zero(form, precision):
 
 
 def measured(file):
-    """Each block in a file of bench.py: its precision, what it is, and the seconds of each form."""
+    """Each block in a file of bench.py: whether the CPU has AMX, the precision, what the block is,
+    and the seconds of each form."""
     report = json.loads((ROOT / "results" / "bench" / file).read_text())
     for row in report["results"]:
         seconds = {form: median(row["seconds"][form]) for form in fast.FORMS}
-        yield report["precision"], row["what"], seconds
+        name = f"{row['what']}, {file}"
+        yield pytest.param("amx" in file, report["precision"], row["what"], seconds, id=name)
 
 
 def choose(inputs, outputs, size, k, batch, precision="float32", device=None, amx=False):
@@ -147,12 +149,26 @@ def choose(inputs, outputs, size, k, batch, precision="float32", device=None, am
         return fast.choose_form(x, coefficients, convs)
 
 
-@pytest.mark.parametrize("file", ["forms-cpu.json", "forms-cpu-float32.json", "forms-cpu-amx.json"])
-def test_auto_is_the_form_that_was_measured_to_be_the_fastest(file):
-    for precision, what, seconds in measured(file):
-        inputs, outputs, size, _, k, batch = map(int, re.findall(r"\d+", what))
-        chosen = choose(inputs, outputs, size, k, batch, precision, amx="amx" in file)
-        assert seconds[chosen] == min(seconds.values()), what
+@pytest.mark.parametrize(
+    "amx, precision, what, seconds",
+    [
+        *measured("forms-cpu.json"),
+        *measured("forms-cpu-amx.json"),
+        *measured("forms-cpu-float32.json"),
+    ],
+)
+def test_auto_is_the_form_that_was_measured_to_be_the_fastest(amx, precision, what, seconds):
+    inputs, outputs, size, _, k, batch = map(int, re.findall(r"\d+", what))
+    chosen = choose(inputs, outputs, size, k, batch, precision, amx=amx)
+    assert seconds[chosen] == min(seconds.values())
+
+
+@pytest.mark.parametrize(
+    "inputs, outputs, size, fastest",
+    [(64, 128, 32, "kernels"), (128, 256, 32, "kernels"), (128, 128, 16, "outputs")],
+)
+def test_so_it_is_on_cpus_with_amx(inputs, outputs, size, fastest):
+    assert choose(inputs, outputs, size, 3, 1, "bfloat16", amx=True) == fastest
 
 
 def test_on_a_gpu_auto_mixes_kernels_in_the_wide_blocks_of_final_alone():

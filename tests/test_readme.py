@@ -339,7 +339,8 @@ def forms_and_ratios(file):
 def test_what_a_sum_of_three_convolutions_costs_against_one():
     results, wide, small = forms_and_ratios("forms-cpu.json")
     text = " ".join((ROOT / "docs/speed.md").read_text().split())
-    assert f"blocks of the final model, k = 3, take {wide} times as long as with k = 1" in text
+    took = f"take {wide} times as long as with k = 1"
+    assert f"wide blocks of the final model, k = 3, {took}" in text
     final = [list(row["seconds"].values()) for row in results[:4]]
     chosen, products = (sum(median(values[place]) for values in final) for place in (0, -1))
     assert f"the final model take {chosen / products:.1f} times as long as matrix products" in text
