@@ -99,6 +99,12 @@ PARTS = {
     "bias-lr": "--bias-lr 16",
     "decay": "--weight-decay 2e-3",
 }
+QUICK = (
+    "--arch 64 64 256 256 256 256 --downsample 1 3 5 --k 2 --fc 1 --norm batch --pool max "
+    "--logit-scale 0.111 --whiten --init dirac --augment crop flip --label-smoothing 0.2 "
+    "--optimizer sgd --lr 1.5 --momentum 0.85 --nesterov --batch-size 1024 --bias-lr 64 "
+    "--weight-decay 1.33e-3 --schedule onecycle --epochs 16"
+)
 
 
 def test_the_options_are_the_reports_final_models_by_default():
@@ -171,7 +177,7 @@ def test_the_recipe_is_trained_and_each_part_left_out_and_other_gates(replay, tm
     assert result.returncode == 0, result.stderr
     best = " ".join([NETWORK, *PARTS.values()])
     everything = f"{best} --holdout 5000"
-    rows = {"best": best, "all": everything}
+    rows = {"best": best, "quick": QUICK, "quick-k1": f"{QUICK} --k 1", "all": everything}
     rows |= {f"without-{name}": everything.replace(part, "") for name, part in PARTS.items()}
     rows |= {f"k{k}": f"{everything} --k {k}" for k in (1, 3)}
     rows |= {f"gate-{gate}": f"{everything} --gate {gate}" for gate in ("mean", "sigmoid")}
