@@ -42,7 +42,7 @@ from device import (
     set_up_device,
 )
 from history import harden_output, to_path
-from model import DEFAULTS, GATES, build_model, initialise_whitening, predict
+from model import DEFAULTS, GATES, build_model, predict
 from run import (
     Run,
     claim,
@@ -148,12 +148,9 @@ def make_model(args, train_set, device, precision):
     images, on the device."""
     torch.manual_seed(args.seed)
     model = build_model(vars(args), len(train_set.classes))
-    if args.whiten or args.init == "whiten":
-        x, _ = next(train_set.batches(1_000))  # a million patches, for 27 x 27 covariances
-        if args.whiten:
-            model.whitening.fit(x.cpu())
-        else:
-            initialise_whitening(model.backbone[0], x.cpu())
+    if args.whiten:
+        x, _ = next(train_set.batches(1_000))  # a million patches, for 12 x 12 covariances
+        model.whitening.fit(x.cpu())
     return model.to(device, memory_format=fast.memory_format(device, precision))
 
 
@@ -227,16 +224,14 @@ def parse_args(argv=None):
     add("--norm", choices=("none", "batch"), help="batch normalisation of the blocks' sums")
     halves = "max pooling in these blocks, counted from 1, before the norm"
     add("--downsample", type=positive, nargs="+", metavar="N", help=halves)
-    add("--residual", action=on_off, help="add a block's input where the output is as large")
     pools = "AdaptiveAvgPool2d(8), AvgPool2d(8), or the largest of the whole image"
     add("--pool", choices=("adaptive", "avg", "max"), help=pools)
     add("--fc", type=positive, help="number of fully connected layers")
     add("--hidden", type=positive, help="units of each hidden one")
     add("--dropout", type=fraction, help="probability, after each hidden layer")
     add("--logit-scale", type=number(float, 0), help="factor of the last layer's outputs")
-    inits = "He's, PyTorch's default, or this with the identity added in the blocks (dirac) or a "
-    inits += "first block fixed to whiten the images"
-    add("--init", choices=("he", "default", "dirac", "whiten"), help=inits)
+    inits = "He's, PyTorch's default, or this with the identity added in the blocks (dirac)"
+    add("--init", choices=("he", "default", "dirac"), help=inits)
     whitening = "a fixed layer before the first block that decorrelates the images' 2x2 patches"
     add("--whiten", action=on_off, help=whitening)
     parser.set_defaults(**DEFAULTS)
@@ -285,8 +280,6 @@ def refuse_contradictions(args, parser):
         parser.error(f"--name {name!r} becomes part of file names; --out takes the folder")
     if args.resume and args.overwrite:
         parser.error("--resume goes on with a run and --overwrite replaces it: give one of them")
-    if args.whiten and args.init == "whiten":
-        parser.error("--whiten and --init whiten: one of them whitens the images")
     halving, blocks = set(args.downsample), len(args.arch)
     if len(halving) > MOST_HALVINGS or max(halving, default=0) > blocks:
         numbers = " ".join(map(str, args.downsample))

@@ -29,7 +29,6 @@ USAGE |= {
     "--nesterov": "argument 'nesterov'",
     "--optimizer sgd --momentum 0 --nesterov": "Nesterov momentum requires a momentum",
     "--downsample 3": "--downsample 3: --arch has blocks 1 to 2",
-    "--whiten --init whiten": "one of them whitens the images",
     "--arch 4 4 4 4 4 4 --downsample 1 2 3 4 5 6": "at most 5 of which can halve the images",
     "--name a/b": "--name 'a/b'",
     "--name=": "--name ''",

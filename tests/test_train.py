@@ -132,13 +132,11 @@ def test_optimisers_are_pytorchs_with_its_defaults(options, kind, expected, monk
 @pytest.mark.parametrize(
     "option, first",
     [
-        ("--init whiten", 0),
         ("--init dirac", 0),
         ("--whiten", 0),
         ("--no-block-relu", 0),
         ("--norm batch", 0),
         ("--downsample 2", 0),
-        ("--residual", 0),
         ("--pool max", 0),
         ("--logit-scale 0.5", 0),
         ("--augment crop", 0),
