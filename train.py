@@ -156,7 +156,8 @@ def make_model(args, train_set, device, precision):
 
 def make_optimizer(model, args):
     """Return PyTorch's optimiser with the options that are given, its step fused where it can be.
-    With args.bias_lr, biases learn at so many times the rate of weights, and do not decay."""
+    With args.bias_lr, biases learn at so many times the rate of weights, and do not decay. Those of
+    the gated sums learn as weights: large steps of a gate's bias leave it one choice for good."""
     kind, parameters = OPTIMIZERS[args.optimizer], list(model.parameters())
     options = {"weight_decay": args.weight_decay, "momentum": args.momentum}
     options = {name: value for name, value in options.items() if value is not None}
@@ -166,8 +167,9 @@ def make_optimizer(model, args):
         options["fused"] = parameters[0].device.type in ("cpu", "cuda")
     groups = [{"params": parameters, "factor": 1}]
     if args.bias_lr is not None:
-        biases = [tensor for tensor in parameters if tensor.dim() <= 1]
-        groups[0]["params"] = [tensor for tensor in parameters if tensor.dim() > 1]
+        named, gated = list(model.named_parameters()), ("convs.bias", "gate_linear.bias")
+        biases = [p for name, p in named if p.dim() <= 1 and not name.endswith(gated)]
+        groups[0]["params"] = [p for name, p in named if p.dim() > 1 or name.endswith(gated)]
         groups.append({"params": biases, "factor": args.bias_lr, "weight_decay": 0})
     return kind(groups, lr=args.lr, **options)
 
@@ -240,7 +242,7 @@ def parse_args(argv=None):
     add("--optimizer", choices=OPTIMIZERS, default="adamw", help="PyTorch's own")
     add("--lr", type=number(float, 0), default=0.001, help="learning rate")
     add("--weight-decay", type=number(float, 0), help="None: the optimiser's own default")
-    biases = "biases learn at FACTOR times --lr, without weight decay; None: as weights"
+    biases = "all but the gates' learn at FACTOR times --lr, without decay; None: as weights"
     add("--bias-lr", type=number(float, 0), metavar="FACTOR", help=biases)
     add("--momentum", type=fraction, help="None: the optimiser's own default, 0 of sgd")
     add("--nesterov", action=on_off, default=False, help="Nesterov's momentum")

@@ -158,9 +158,18 @@ def test_biases_can_learn_faster_than_weights_and_do_not_decay():
     assert (weights["weight_decay"], weights["factor"]) == (0.1, 1)
     assert (biases["weight_decay"], biases["factor"]) == (0, 16)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    assert all(".norm." not in names[id(p)] and p.dim() > 1 for p in weights["params"])
-    assert all("bias" in names[id(p)] for p in biases["params"] if p.requires_grad)
+    fast = {names[id(p)] for p in biases["params"] if p.requires_grad}
+    linear = {f"classifier.{layer}.bias" for layer in (2, 5, 8)}
+    assert fast == {"backbone.block1.norm.bias", "backbone.block2.norm.bias", *linear}
     assert len(weights["params"]) + len(biases["params"]) == len(names)
+
+
+def test_a_gates_bias_learns_as_its_weights_do():
+    args = tiny("--bias-lr 16")
+    model = make_model(args, data.load("shapes"), CPU, "float32")
+    slow = {id(parameter) for parameter in make_optimizer(model, args).param_groups[0]["params"]}
+    for block in model.backbone:
+        assert {id(p) for p in (*block.gate_linear.parameters(), *block.convs.parameters())} <= slow
 
 
 def test_label_smoothing_changes_the_training_loss_alone(run, tmp_path):
