@@ -18,7 +18,6 @@ parts=( # of the recipe, by name, that can be left out
     "augment --augment crop flip"
     "smoothing --label-smoothing 0.2"
     "onecycle --schedule onecycle"
-    "bias-lr --bias-lr 64"
     "decay --weight-decay 1.33e-3"
 )
 recipe+=" ${parts[*]#* }"

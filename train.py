@@ -84,7 +84,7 @@ def train(args, command, saved):
         for step, (x, labels) in enumerate(batches, start):
             lr = learning_rate(args, epoch, step, steps)
             for group in optimizer.param_groups:
-                group["lr"] = lr * group["factor"]
+                group["lr"] = lr
             torch.manual_seed(derive_seed(args.seed, epoch, step, RANK))  # for dropout
             with amp:
                 logits = network(x)
@@ -155,9 +155,7 @@ def make_model(args, train_set, device, precision):
 
 
 def make_optimizer(model, args):
-    """Return PyTorch's optimiser with the options that are given, its step fused where it can be.
-    With args.bias_lr, biases learn at so many times the rate of weights, and do not decay. Those of
-    the gated sums learn as weights: large steps of a gate's bias leave it one choice for good."""
+    """Return PyTorch's optimiser with the options that are given, its step fused where it can be."""
     kind, parameters = OPTIMIZERS[args.optimizer], list(model.parameters())
     options = {"weight_decay": args.weight_decay, "momentum": args.momentum}
     options = {name: value for name, value in options.items() if value is not None}
@@ -165,13 +163,7 @@ def make_optimizer(model, args):
         options["nesterov"] = True
     if "fused" in inspect.signature(kind).parameters:
         options["fused"] = parameters[0].device.type in ("cpu", "cuda")
-    groups = [{"params": parameters, "factor": 1}]
-    if args.bias_lr is not None:
-        named, gated = list(model.named_parameters()), ("convs.bias", "gate_linear.bias")
-        biases = [p for name, p in named if p.dim() <= 1 and not name.endswith(gated)]
-        groups[0]["params"] = [p for name, p in named if p.dim() > 1 or name.endswith(gated)]
-        groups.append({"params": biases, "factor": args.bias_lr, "weight_decay": 0})
-    return kind(groups, lr=args.lr, **options)
+    return kind(parameters, lr=args.lr, **options)
 
 
 def learning_rate(args, epoch, step, steps):
@@ -242,8 +234,6 @@ def parse_args(argv=None):
     add("--optimizer", choices=OPTIMIZERS, default="adamw", help="PyTorch's own")
     add("--lr", type=number(float, 0), default=0.001, help="learning rate")
     add("--weight-decay", type=number(float, 0), help="None: the optimiser's own default")
-    biases = "all but the gates' learn at FACTOR times --lr, without decay; None: as weights"
-    add("--bias-lr", type=number(float, 0), metavar="FACTOR", help=biases)
     add("--momentum", type=fraction, help="None: the optimiser's own default, 0 of sgd")
     add("--nesterov", action=on_off, default=False, help="Nesterov's momentum")
     schedules = "cosine: down, epoch by epoch; onecycle: up to --lr and down, by batches"

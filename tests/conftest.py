@@ -31,7 +31,7 @@ TINY = (
 RECIPE = (
     "--arch 8 8 12 --norm batch --downsample 3 --pool max --logit-scale 0.5 "
     "--init dirac --whiten --augment crop flip --label-smoothing 0.1 --schedule onecycle "
-    "--optimizer sgd --lr 0.1 --momentum 0.9 --nesterov --weight-decay 5e-4 --bias-lr 16"
+    "--optimizer sgd --lr 0.1 --momentum 0.9 --nesterov --weight-decay 5e-4"
 ).split()
 
 data.draw_shapes = functools.cache(data.draw_shapes)  # once for all tests

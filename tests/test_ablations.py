@@ -96,7 +96,6 @@ PARTS = {
     "augment": "--augment crop flip",
     "smoothing": "--label-smoothing 0.2",
     "onecycle": "--schedule onecycle",
-    "bias-lr": "--bias-lr 64",
     "decay": "--weight-decay 1.33e-3",
 }
 RECIPE = " ".join([NETWORK, *PARTS.values()])
@@ -109,7 +108,7 @@ def test_the_options_are_the_reports_final_models_by_default():
     defaults = vars(parse_args([]))
     assert defaults == vars(parse_args(FINAL.split()))
     assert defaults["downsample"] == defaults["augment"] == []
-    assert {defaults[name] for name in ("weight_decay", "momentum", "bias_lr", "limit")} == {None}
+    assert {defaults[name] for name in ("weight_decay", "momentum", "limit")} == {None}
 
 
 def test_every_row_has_the_reports_options(replay, tmp_path):
