@@ -247,7 +247,7 @@ def parse_args(argv=None):
     add("--optimizer", choices=OPTIMIZERS, default="adamw", help="PyTorch's own")
     add("--lr", type=number(float, 0), default=0.001, help="learning rate")
     add("--weight-decay", type=number(float, 0), help="None: the optimiser's own default")
-    biases = "all but the gates' learn at FACTOR times --lr, without decay; None: as weights"
+    biases = "all but gated sums' learn at FACTOR times --lr, without decay; None: as weights"
     add("--bias-lr", type=number(float, 0), metavar="FACTOR", help=biases)
     add("--momentum", type=fraction, help="None: the optimiser's own default, 0 of sgd")
     add("--nesterov", action=on_off, default=False, help="Nesterov's momentum")
