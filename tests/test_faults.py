@@ -128,7 +128,8 @@ def test_a_disk_too_full_for_the_last_weights_lets_a_run_go_on_later(run, tmp_pa
 
 
 def test_a_disk_too_full_for_the_history_stops_a_run_and_the_last_one_stays(whole, tmp_path):
-    assert finish(start(tmp_path, "--epochs", "150", file_size=34_000, save_seconds=1000)) == 1
+    small = "--pool max --fc 1 --epochs 150".split()  # its checkpoint is smaller than its history
+    assert finish(start(tmp_path, *small, file_size=16_000, save_seconds=1000)) == 1
     (line,) = (tmp_path / "stderr").read_text().splitlines()
     assert line == f"train.py: error: [Errno 27] File too large: '{tmp_path / 'run.json'}'"
     assert len(read_history(tmp_path / "run.json")["epochs"]) >= 1
