@@ -155,7 +155,7 @@ def make_model(args, train_set, device, precision):
 
 
 def make_optimizer(model, args):
-    """Return PyTorch's optimiser with the options that are given, its step fused where it can be."""
+    """Return PyTorch's optimiser with the options given, its step fused where it can be."""
     kind, parameters = OPTIMIZERS[args.optimizer], list(model.parameters())
     options = {"weight_decay": args.weight_decay, "momentum": args.momentum}
     options = {name: value for name, value in options.items() if value is not None}
@@ -224,8 +224,7 @@ def parse_args(argv=None):
     add("--hidden", type=positive, help="units of each hidden one")
     add("--dropout", type=fraction, help="probability, after each hidden layer")
     add("--logit-scale", type=number(float, 0), help="factor of the last layer's outputs")
-    inits = "He's, PyTorch's default, or this with the identity added in the blocks (dirac)"
-    add("--init", choices=("he", "default", "dirac"), help=inits)
+    add("--init", choices=("he", "default"), help="He's initialisation, or PyTorch's default")
     whitening = "a fixed layer before the first block that decorrelates the images' 2x2 patches"
     add("--whiten", action=on_off, help=whitening)
     parser.set_defaults(**DEFAULTS)

@@ -129,6 +129,7 @@ def of(config, **weights):
         (lambda path: None, "No such file"),
         (of(SMALL, weight=torch.zeros(3)), "its weights do not fit its options"),
         (of(["arch"]), "its weights do not fit its options"),
+        (of(SMALL | {"residual": True}), "--residual: blocks no longer add"),
         (of(SMALL | {"fc": 10**7}), "10,000,001 layers, but 0 tensors of weights"),
         (of(SMALL, w=torch.zeros(1).expand(10**12)), "w is larger than what is stored of it"),
     ],
