@@ -48,6 +48,16 @@ def weight_outputs(x, coefficients, convs):
     return WeightedSum.apply(convs(x).unflatten(1, (coefficients.shape[1], -1)), coefficients)
 
 
+def weight_inputs(x, coefficients, convs):
+    """conv([a_1 x, ..., a_k x], [W_1, ..., W_k]): one convolution of k * C channels, whose own sum
+    is the sum. As much work, but no k outputs in memory."""
+    dtype, k = compute_dtype(x), coefficients.shape[1]
+    weighted = [x.to(dtype) * a[:, None, None, None] for a in coefficients.to(dtype).unbind(1)]
+    kernels = convs.weight.unflatten(0, (k, -1)).transpose(0, 1).flatten(1, 2)
+    biases = (coefficients @ convs.bias.view(k, -1)).to(dtype)
+    return F.conv2d(torch.cat(weighted, 1), kernels, padding=1).add_(biases[:, :, None, None])
+
+
 def mix_kernels(x, coefficients, convs):
     """conv(x, sum_i a_i W_i): one convolution of each image by kernels of its own, in 1/k of the
     work (as in CondConv, Yang et al. 2019, and dynamic convolution, Chen et al. 2020)."""
@@ -63,7 +73,7 @@ def mix_kernels(x, coefficients, convs):
     return mixed.apply(x, coefficients, kernels, biases)
 
 
-FORMS = {"outputs": weight_outputs, "kernels": mix_kernels}
+FORMS = {"outputs": weight_outputs, "inputs": weight_inputs, "kernels": mix_kernels}
 
 
 # Forward and backward of a block, ms, by python bench.py --only form. Zen 5 in bfloat16, two cores:
@@ -96,6 +106,8 @@ def choose_form(x, coefficients, convs):
     if x.is_cuda:  # smaller sums wait for Python, so what takes fewer calls is faster
         enough = len(x) * size**2 * convs.weight.numel() > 100_000_000_000
     elif is_channels_last(convs.weight):  # a CPU with AMX
+        if coefficients.shape[1] == 2 and outputs > x.shape[1]:
+            return "inputs"
         enough = size >= 32 and outputs >= 16 and coefficients.shape[1] >= 3
     else:
         enough = outputs >= 8 or compute_dtype(x) == torch.bfloat16
