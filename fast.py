@@ -2,9 +2,9 @@
 
     y = gated_conv(x, coefficients, convs)      # sum_i a_i conv(x, W_i): (N, O, H, W)
 
-A convolution is linear in its kernels, so the same sum can be had by one convolution of each image
-with a mix of them. FORM says which form is used; "auto" is the faster one, as bench.py measures
-them. train.py --mix sets it.
+A convolution is linear in its kernels and in its input, so the same sum can be had by one
+convolution of each image with a mix of kernels, or by one of weighted inputs. FORM says which form
+is used; "auto" is the fastest one, as bench.py measures them. train.py --mix sets it.
 """
 
 import contextlib
@@ -89,12 +89,14 @@ FORMS = {"outputs": weight_outputs, "inputs": weight_inputs, "kernels": mix_kern
 #  128 to 128, 16x16, k = 2, batch 128    184      147
 #  256 to 256,   8x8, k = 2, batch 512    690     1147
 # Intel Xeon with AMX in bfloat16, two cores:
-#   64 to 128, 32x32, k = 3, batch 32      53       40
-#  256 to 512, 32x32, k = 3, batch 32     417      339
-#   16 to 8,   32x32, k = 3, batch 32     5.4      5.6
-#   64 to 128, 32x32, k = 2, batch 32      38       41
-#  128 to 384, 15x15, k = 2, batch 128    128      176
-#  256 to 256,   8x8, k = 2, batch 512    251      503
+#                                    outputs   inputs  kernels
+#   64 to 128, 32x32, k = 3, batch 32      53       46       41
+#  256 to 512, 32x32, k = 3, batch 32     449      436      361
+#   16 to 8,   32x32, k = 3, batch 32     5.7      7.5      6.1
+#   64 to 128, 32x32, k = 2, batch 32      35       30       38
+#   24 to 128, 31x31, k = 2, batch 32      21       15       31
+#  128 to 384, 15x15, k = 2, batch 128    130      112      176
+#  256 to 256,   8x8, k = 2, batch 512    251      256      495
 # H200, bfloat16: training steps with kernels in so many of their blocks, those of most work first:
 #                      0     1     2     3     4
 #   final           15.0  12.1  11.0  10.8  10.2
