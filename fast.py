@@ -90,13 +90,13 @@ FORMS = {"outputs": weight_outputs, "inputs": weight_inputs, "kernels": mix_kern
 #  256 to 256,   8x8, k = 2, batch 512    690     1147
 # Intel Xeon with AMX in bfloat16, two cores:
 #                                    outputs   inputs  kernels
-#   64 to 128, 32x32, k = 3, batch 32      53       46       41
-#  256 to 512, 32x32, k = 3, batch 32     449      436      361
-#   16 to 8,   32x32, k = 3, batch 32     5.7      7.5      6.1
-#   64 to 128, 32x32, k = 2, batch 32      35       30       38
-#   24 to 128, 31x31, k = 2, batch 32      21       15       31
-#  128 to 384, 15x15, k = 2, batch 128    130      112      176
-#  256 to 256,   8x8, k = 2, batch 512    251      256      495
+#   64 to 128, 32x32, k = 3, batch 32      53       42       40
+#  256 to 512, 32x32, k = 3, batch 32     445      425      345
+#   16 to 8,   32x32, k = 3, batch 32     5.8      8.0      6.2
+#   64 to 128, 32x32, k = 2, batch 32      35       32       42
+#   24 to 128, 31x31, k = 2, batch 32      21       16       32
+#  128 to 384, 15x15, k = 2, batch 128    126      110      181
+#  256 to 256,   8x8, k = 2, batch 512    251      265      543
 # H200, bfloat16: training steps with kernels in so many of their blocks, those of most work first:
 #                      0     1     2     3     4
 #   final           15.0  12.1  11.0  10.8  10.2
