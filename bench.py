@@ -66,7 +66,7 @@ def compare(what, forms, workers):
     """Time forms in turn and print them; return a row of the results, the seconds of each turn.
     `forms` are, by name, functions that build the function to time, each in a worker of its own."""
     workers = workers[: len(forms)]
-    for worker, build in zip(workers, forms.values()):
+    for worker, build in zip(workers, forms.values(), strict=True):
         worker.submit(prepare, build).result()
     turns = [[worker.submit(time_step).result() for worker in workers] for _ in range(TURNS)]
     print(what)
@@ -244,7 +244,8 @@ def main(argv=None):
         report["results"], context = [], multiprocessing.get_context("spawn")
         for part in args.only:
             with contextlib.ExitStack() as stack:  # only workers that run ours keep memory
-                workers = [stack.enter_context(ProcessPoolExecutor(1, context)) for _ in range(4)]
+                most = range(len(fast.FORMS) + 2)  # beside them k = 1 and a product are timed
+                workers = [stack.enter_context(ProcessPoolExecutor(1, context)) for _ in most]
                 for what, forms in PARTS[part](device, precision):
                     report["results"].append(compare(what, forms, workers))
         if args.json:

@@ -2,9 +2,9 @@
 
     y = gated_conv(x, coefficients, convs)      # sum_i a_i conv(x, W_i): (N, O, H, W)
 
-A convolution is linear in its kernels, so the same sum can be had by one convolution of each image
-with a mix of them. FORM says which form is used; "auto" is the faster one, as bench.py measures
-them. train.py --mix sets it.
+A convolution is linear in its kernels and in its input, so the same sum can be had by one
+convolution of each image with a mix of kernels, or by one of weighted inputs. FORM says which form
+is used; "auto" is the fastest one, as bench.py measures them. train.py --mix sets it.
 """
 
 import contextlib
@@ -48,6 +48,16 @@ def weight_outputs(x, coefficients, convs):
     return WeightedSum.apply(convs(x).unflatten(1, (coefficients.shape[1], -1)), coefficients)
 
 
+def weight_inputs(x, coefficients, convs):
+    """conv([a_1 x, ..., a_k x], [W_1, ..., W_k]): one convolution of k * C channels, whose own sum
+    is the sum. As much work, but no k outputs in memory."""
+    dtype, k = compute_dtype(x), coefficients.shape[1]
+    weighted = [x.to(dtype) * a[:, None, None, None] for a in coefficients.to(dtype).unbind(1)]
+    kernels = convs.weight.unflatten(0, (k, -1)).transpose(0, 1).flatten(1, 2)
+    biases = (coefficients @ convs.bias.view(k, -1)).to(dtype)
+    return F.conv2d(torch.cat(weighted, 1), kernels, padding=1).add_(biases[:, :, None, None])
+
+
 def mix_kernels(x, coefficients, convs):
     """conv(x, sum_i a_i W_i): one convolution of each image by kernels of its own, in 1/k of the
     work (as in CondConv, Yang et al. 2019, and dynamic convolution, Chen et al. 2020)."""
@@ -63,7 +73,7 @@ def mix_kernels(x, coefficients, convs):
     return mixed.apply(x, coefficients, kernels, biases)
 
 
-FORMS = {"outputs": weight_outputs, "kernels": mix_kernels}
+FORMS = {"outputs": weight_outputs, "inputs": weight_inputs, "kernels": mix_kernels}
 
 
 # Forward and backward of a block, ms, by python bench.py --only form. Zen 5 in bfloat16, two cores:
@@ -79,12 +89,14 @@ FORMS = {"outputs": weight_outputs, "kernels": mix_kernels}
 #  128 to 128, 16x16, k = 2, batch 128    184      147
 #  256 to 256,   8x8, k = 2, batch 512    690     1147
 # Intel Xeon with AMX in bfloat16, two cores:
-#   64 to 128, 32x32, k = 3, batch 32      53       40
-#  256 to 512, 32x32, k = 3, batch 32     417      339
-#   16 to 8,   32x32, k = 3, batch 32     5.4      5.6
-#   64 to 128, 32x32, k = 2, batch 32      38       41
-#  128 to 384, 15x15, k = 2, batch 128    128      176
-#  256 to 256,   8x8, k = 2, batch 512    251      503
+#                                    outputs   inputs  kernels
+#   64 to 128, 32x32, k = 3, batch 32      53       42       40
+#  256 to 512, 32x32, k = 3, batch 32     445      425      345
+#   16 to 8,   32x32, k = 3, batch 32     5.8      8.0      6.2
+#   64 to 128, 32x32, k = 2, batch 32      35       32       42
+#   24 to 128, 31x31, k = 2, batch 32      21       16       32
+#  128 to 384, 15x15, k = 2, batch 128    126      110      181
+#  256 to 256,   8x8, k = 2, batch 512    251      265      543
 # H200, bfloat16: training steps with kernels in so many of their blocks, those of most work first:
 #                      0     1     2     3     4
 #   final           15.0  12.1  11.0  10.8  10.2
@@ -96,6 +108,8 @@ def choose_form(x, coefficients, convs):
     if x.is_cuda:  # smaller sums wait for Python, so what takes fewer calls is faster
         enough = len(x) * size**2 * convs.weight.numel() > 100_000_000_000
     elif is_channels_last(convs.weight):  # a CPU with AMX
+        if coefficients.shape[1] == 2 and outputs > x.shape[1]:
+            return "inputs"
         enough = size >= 32 and outputs >= 16 and coefficients.shape[1] >= 3
     else:
         enough = outputs >= 8 or compute_dtype(x) == torch.bfloat16

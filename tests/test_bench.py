@@ -53,7 +53,7 @@ def test_the_chosen_form_comes_first_and_all_are_there():
     comparisons = dict(bench.list_forms(CPU, "float32"))
     names = comparisons["8 to 4, 32x32, k = 3, batch 32"]
     others = ["k = 1, a plain convolution", "one convolution's as a product"]
-    assert list(names) == ["outputs", "kernels", *others]
+    assert list(names) == ["outputs", "inputs", "kernels", *others]
     assert next(iter(comparisons["64 to 128, 32x32, k = 3, batch 32"])) == "kernels"
 
 
