@@ -45,7 +45,7 @@ ROWS = {  # of ablations.sh and recipe.sh: options of train.py, less those of th
     "row 2": "--arch 64 128 256 --k 2 --fc 1 --init default",
     "the final model": "",
     "best": "--arch 128 128 384 384 384 384 --downsample 1 3 5 --k 2 --fc 1 --norm batch "
-    "--whiten --init default --batch-size 1024 --pool max --logit-scale 0.111",
+    "--whiten --init dirac --batch-size 1024 --pool max --logit-scale 0.111",
 }
 
 

@@ -58,7 +58,14 @@ class Block(nn.Module):
     2015), `downsample` halves H and W before that by max pooling."""
 
     def __init__(
-        self, in_channels, out_channels, k, gate="softmax", relu=True, norm="none", downsample=False
+        self,
+        in_channels,
+        out_channels,
+        k,
+        gate="softmax",
+        relu=True,
+        norm="none",
+        downsample=False,
     ):
         super().__init__()
         # One convolution holds all k: initialisations depend on the fan-in, which is that of each.
@@ -162,6 +169,8 @@ def build_model(options, classes=10):
     if options["init"] == "he":
         backbone.apply(initialise_he)
         classifier.apply(initialise_he)
+    if options["init"] == "dirac":
+        backbone.apply(initialise_dirac)
     return model
 
 
@@ -170,6 +179,15 @@ def initialise_he(module):
     if isinstance(module, (nn.Conv2d, nn.Linear)):
         nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
         nn.init.zeros_(module.bias)
+
+
+@torch.no_grad()
+def initialise_dirac(module):
+    """Add the identity to each set of a block's kernels, so that it passes on what it gets, as
+    airbench's convolutions do (Jordan 2024). There it replaces kernels: k sets would be alike."""
+    if isinstance(module, Block):
+        weight = module.convs.weight
+        weight += nn.init.dirac_(torch.empty_like(weight), module.gate_linear.out_features)
 
 
 @torch.inference_mode()

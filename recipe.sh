@@ -12,6 +12,7 @@ recipe="--fc 1 --norm batch --downsample 1 3 5 --init default --batch-size 1024"
 recipe+=" --optimizer sgd --lr 1.5 --momentum 0.85 --nesterov"
 parts=( # of the recipe, by name, that can be left out
     "whitening --whiten"
+    "identity --init dirac"
     "max-pool --pool max"
     "logit-scale --logit-scale 0.111"
     "augment --augment crop flip"

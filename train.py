@@ -224,7 +224,8 @@ def parse_args(argv=None):
     add("--hidden", type=positive, help="units of each hidden one")
     add("--dropout", type=fraction, help="probability, after each hidden layer")
     add("--logit-scale", type=number(float, 0), help="factor of the last layer's outputs")
-    add("--init", choices=("he", "default"), help="He's initialisation, or PyTorch's default")
+    inits = "He's, PyTorch's default, or this with the identity added in the blocks (dirac)"
+    add("--init", choices=("he", "default", "dirac"), help=inits)
     whitening = "a fixed layer before the first block that decorrelates the images' 2x2 patches"
     add("--whiten", action=on_off, help=whitening)
     parser.set_defaults(**DEFAULTS)

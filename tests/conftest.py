@@ -30,7 +30,7 @@ TINY = (
 # All that goes beyond the report, at once.
 RECIPE = (
     "--arch 8 8 12 --norm batch --downsample 3 --pool max --logit-scale 0.5 "
-    "--init default --whiten --augment crop flip --label-smoothing 0.1 --schedule onecycle "
+    "--init dirac --whiten --augment crop flip --label-smoothing 0.1 --schedule onecycle "
     "--optimizer sgd --lr 0.1 --momentum 0.9 --nesterov --weight-decay 5e-4"
 ).split()
 

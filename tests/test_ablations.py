@@ -90,6 +90,7 @@ NETWORK = (
 )
 PARTS = {
     "whitening": "--whiten",
+    "identity": "--init dirac",
     "max-pool": "--pool max",
     "logit-scale": "--logit-scale 0.111",
     "augment": "--augment crop flip",

@@ -84,7 +84,7 @@ def test_all_parts_are_timed_printed_and_kept_as_json(monkeypatch, capsys, tmp_p
         assert all(name in printed for name in (result["what"], *result["seconds"]))
 
 
-BEST = "--arch 4 4 8 --fc 1 --norm batch --downsample 2 --whiten --init default"
+BEST = "--arch 4 4 8 --fc 1 --norm batch --downsample 2 --whiten --init dirac"
 
 
 @pytest.mark.parametrize("build", [bench.build_step, bench.build_textbook_step])

@@ -20,7 +20,7 @@ from train import parse_args
 
 COMMITTED = [path for path in sorted(ROOT.glob("results/**/*.json")) if path.parent.name != "bench"]
 TODAY = vars(parse_args([]))
-GONE = {"--residual", "--bias-lr", "dirac"}  # what some committed histories were trained with
+GONE = {"--residual", "--bias-lr"}  # what some committed histories were trained with
 
 
 def test_a_file_has_an_epoch_a_line_and_all_batch_losses_in_one(history, tmp_path):

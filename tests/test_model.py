@@ -155,6 +155,20 @@ def test_whitening_stays_fixed_and_the_blocks_after_it_learn():
     assert all(weights.grad is not None for weights in model.backbone.parameters())
 
 
+@pytest.mark.parametrize("inputs, outputs", [(5, 8), (8, 8), (8, 5)])
+def test_dirac_adds_the_identity_to_each_set_of_kernels(inputs, outputs):
+    kernels = []
+    for init in ("default", "dirac"):
+        torch.manual_seed(0)
+        model = build_model({"arch": [inputs, outputs], "k": 3, "init": init, "fc": 1})
+        kernels.append(model.backbone.block2.convs.weight)
+    x, passed = torch.randn(2, inputs, 9, 9), min(inputs, outputs)
+    for identity in (kernels[1] - kernels[0]).chunk(3):
+        y = F.conv2d(x, identity, padding=1)
+        torch.testing.assert_close(y[:, :passed], x[:, :passed], atol=1e-5, rtol=0)
+        assert y[:, passed:].abs().sum() == 0
+
+
 @pytest.mark.parametrize("gate", ["softmax", "mean"])
 def test_one_set_of_kernels_without_a_choice_is_a_plain_convolution(gate):
     block = Block(5, 7, k=1, gate=gate)

@@ -132,6 +132,7 @@ def test_optimisers_are_pytorchs_with_its_defaults(options, kind, expected, monk
 @pytest.mark.parametrize(
     "option, first",
     [
+        ("--init dirac", 0),
         ("--whiten", 0),
         ("--no-block-relu", 0),
         ("--norm batch", 0),
