@@ -58,14 +58,7 @@ class Block(nn.Module):
     2015), `downsample` halves H and W before that by max pooling."""
 
     def __init__(
-        self,
-        in_channels,
-        out_channels,
-        k,
-        gate="softmax",
-        relu=True,
-        norm="none",
-        downsample=False,
+        self, in_channels, out_channels, k, gate="softmax", relu=True, norm="none", downsample=False
     ):
         super().__init__()
         # One convolution holds all k: initialisations depend on the fan-in, which is that of each.
