@@ -40,6 +40,11 @@ def read(pattern):
     return [read_history(path) | {"name": path.stem} for path in sorted(ROOT.glob(pattern))]
 
 
+def read_seeds(row):
+    """The histories of a row in results/, one a seed."""
+    return read(f"results/{row}.json") + read(f"results/{row}-seed*.json")
+
+
 def cells(page, row, column):
     """What the tables of a page say of a row in a column."""
     lines = (ROOT / page).read_text().splitlines()
@@ -82,7 +87,7 @@ def test_a_table_has_the_figures_of_the_results(page, folder, column):
     ],
 )
 def test_so_have_the_differences_in_the_recipes_tables(folder, base, column):
-    others = last_accuracies(read(f"results/{base}.json") + read(f"results/{base}-seed*.json"))
+    others = last_accuracies(read_seeds(base))
     rows = group(read(f"results/{folder}/*.json"))
     assert len(others) == 3 and len(rows) > 2
     for row in rows:
@@ -96,16 +101,25 @@ def test_so_have_the_differences_in_the_recipes_tables(folder, base, column):
 
 def test_open_gates_gain_what_is_said_at_equal_epochs():
     text = unwrap("docs/recipe.md")
-    gated, plain = read("results/parts/k2*.json"), read("results/settings/without-bias-lr*.json")
+    gated, plain = read_seeds("parts/k2"), read_seeds("settings/without-bias-lr")
     gain = fmean(last_accuracies(gated)) - fmean(last_accuracies(plain))
     p = compare_by_welch(last_accuracies(gated), last_accuracies(plain))
     assert (
         f"gains {gain:.1f} points at equal epochs, by three seeds undecided (p = {p:.2f})" in text
     )
-    losses = [[run["epochs"][-1]["val_loss"] for run in runs] for runs in (gated, plain)]
+    assert f"held out is lower, {compare_losses(gated, plain)}" in text
+
+
+def test_where_k_is_2_the_identity_lowers_the_loss():
+    with_it, without = read_seeds("parts/k2"), read_seeds("parts/k2-without-identity")
+    assert f"it lowers the loss, {compare_losses(with_it, without)}" in unwrap("docs/recipe.md")
+
+
+def compare_losses(*rows):
+    """Their validation losses, as published."""
+    losses = [[run["epochs"][-1]["val_loss"] for run in runs] for runs in rows]
     figures = [f"{fmean(values):.3f} ± {statistics.stdev(values):.3f}" for values in losses]
-    p = compare_by_welch(*losses)
-    assert f"is lower, {figures[0]} against {figures[1]} (p = {p:.2f})" in text
+    return f"{figures[0]} against {figures[1]} (p = {compare_by_welch(*losses):.2f})"
 
 
 def test_gates_whose_biases_learn_too_fast_close():
