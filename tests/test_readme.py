@@ -247,7 +247,7 @@ def test_the_readme_has_the_figures_of_final():
     (cpu,), (gpu,) = read("results/rows/final.json"), read("results/gpu/final.json")
     (replayed,), (on_gpu,) = last_accuracies([cpu]), last_accuracies([gpu])
     hours, rest = divmod(round(minutes(cpu)), 60)
-    times = f"{hours} h {rest} min | {60 * minutes(gpu):.0f} s ({on_gpu:.2f} %)"
+    times = f" | {hours} h {rest} min | {60 * minutes(gpu):.0f} s ({on_gpu:.2f} %)"
     assert f"| {replayed:.2f} % | {times} |" in TEXT
     assert f"ends at {replayed:.2f} % here, over {82.84 - replayed:.0f} points lower" in TEXT
 
