@@ -28,7 +28,7 @@ all="$best --holdout 5000"
 quick="--arch 64 64 256 256 256 256 --downsample 1 3 5 --fc 1 --norm batch --pool max"
 quick+=" --logit-scale 0.111 --whiten --init dirac --augment crop flip --label-smoothing 0.2"
 quick+=" --optimizer sgd --lr 1.5 --momentum 0.85 --nesterov --batch-size 1024"
-quick+=" --weight-decay 1.33e-3 --schedule onecycle --epochs 16"
+quick+=" --weight-decay 1.33e-3 --schedule onecycle --epochs 20"
 rows=("best $best" "quick $quick --k 2" "quick-k1 $quick --k 1" "all $all")
 for part in "${parts[@]}"; do
     rows+=("without-${part%% *} ${all/"${part#* }"/}")

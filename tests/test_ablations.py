@@ -103,7 +103,7 @@ QUICK = (
     "--arch 64 64 256 256 256 256 --downsample 1 3 5 --k 2 --fc 1 --norm batch --pool max "
     "--logit-scale 0.111 --whiten --init dirac --augment crop flip --label-smoothing 0.2 "
     "--optimizer sgd --lr 1.5 --momentum 0.85 --nesterov --batch-size 1024 "
-    "--weight-decay 1.33e-3 --schedule onecycle --epochs 16"
+    "--weight-decay 1.33e-3 --schedule onecycle --epochs 20"
 )
 
 
