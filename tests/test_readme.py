@@ -104,6 +104,13 @@ def test_where_k_is_2_the_identity_lowers_the_loss():
     assert f"it lowers the loss, {compare_losses(with_it, without)}" in unwrap("docs/recipe.md")
 
 
+def test_quick_ends_where_it_does_on_the_images_held_out():
+    (run,) = read("results/search/quick-held-out.json")
+    assert run["config"]["holdout"] == 5_000
+    ends = f"`quick` with 18 epochs ends at {as_published(last_accuracies([run]))} of these"
+    assert ends in unwrap("docs/recipe.md")
+
+
 def compare_losses(*rows):
     """Their validation losses, as published."""
     losses = [[run["epochs"][-1]["val_loss"] for run in runs] for runs in rows]
