@@ -130,7 +130,6 @@ def test_gates_whose_biases_learn_too_fast_close():
         in text
     )
     assert f"in {minutes(closed):.0f} and {minutes(single):.0f} minutes" in text
-    assert f"took {minutes(closed) / minutes(single):.1f} times as long" in text
 
 
 def test_the_histories_of_changed_scripts_are_counted():
@@ -245,7 +244,8 @@ def test_the_readme_has_the_figures_of_the_recipe(row):
     first, *others = runs = read_seeds(f"best/{row}")
     assert len(others) == 2
     views = [run["test"]["tta"]["accuracy"] for run in runs]
-    figures = [as_published(last_accuracies(runs)), as_published(views), f"{minutes(first):.0f} min"]
+    figures = [as_published(last_accuracies(runs)), as_published(views)]
+    figures.append(f"{minutes(first):.0f} min")
     (line,) = (line for line in README.splitlines() if line.startswith(f"| `{row}`"))
     assert " | ".join(["", *figures, ""]) in line
 
@@ -254,7 +254,7 @@ def test_the_readme_has_the_figures_of_final():
     (cpu,), (gpu,) = read("results/rows/final.json"), read("results/gpu/final.json")
     (replayed,), (on_gpu,) = last_accuracies([cpu]), last_accuracies([gpu])
     hours, rest = divmod(round(minutes(cpu)), 60)
-    times = f" | {hours} h {rest} min | {60 * minutes(gpu):.0f} s ({on_gpu:.2f} %)"
+    times = f"| {hours} h {rest} min | {60 * minutes(gpu):.0f} s ({on_gpu:.2f} %)"
     assert f"| {replayed:.2f} % | {times} |" in TEXT
     assert f"ends at {replayed:.2f} % here, over {82.84 - replayed:.0f} points lower" in TEXT
 
@@ -269,15 +269,6 @@ def test_a_gate_of_two_of_three_networks_tells_vehicles_from_animals():
         told += min(of_vehicles) > max(coefficients.values())
     assert told == 2
     assert "In two of three networks the sixth block's gate" in TEXT
-
-
-def test_the_controls_are_in_the_readme():
-    rows = {name_row(row): last_accuracies(row) for row in group(read("results/controls/*.json"))}
-    assert f"with a softmax gate end at {as_published(rows['all'])}" in TEXT
-    assert f"weighed by half each at {as_published(rows['gate-mean'])}" in TEXT
-    assert f"as many minutes ends at {as_published(rows['k1-7-epochs'])}" in TEXT
-    gain = fmean(rows["gate-sigmoid"]) - fmean(rows["k1"])
-    assert f"gains {gain:.1f} points over a single set ({as_published(rows['k1'])})" in TEXT
 
 
 def test_row_4_ends_where_it_does_by_the_textbook():
