@@ -17,6 +17,7 @@ from conftest import ROOT, needs_cifar10
 import train
 from data import load
 from history import read_history
+from model import build_model
 from plot import group, last_accuracies, name_row
 
 README = (ROOT / "README.md").read_text()
@@ -104,11 +105,16 @@ def test_where_k_is_2_the_identity_lowers_the_loss():
     assert f"it lowers the loss, {compare_losses(with_it, without)}" in unwrap("docs/recipe.md")
 
 
-def test_quick_ends_where_it_does_on_the_images_held_out():
-    (run,) = read("results/search/quick-held-out.json")
-    assert run["config"]["holdout"] == 5_000
-    ends = f"`quick` with 18 epochs ends at {as_published(last_accuracies([run]))} of these"
-    assert ends in unwrap("docs/recipe.md")
+def test_quick_and_a_wider_network_end_where_they_do_on_the_images_held_out():
+    quick, wider = runs = read("results/search/*-held-out.json")
+    assert all(run["config"]["holdout"] == 5_000 for run in runs)
+    accuracies = [as_published(last_accuracies([run])) for run in runs]
+    text, right = unwrap("docs/recipe.md"), wider["epochs"][-1]["train_accuracy"]
+    assert f"`quick` ends at {accuracies[0]} of these" in text
+    assert f"at {accuracies[1]} after 20 epochs, with {right:.1f} % of the training images" in text
+    macs = [build_model(run["config"]).macs for run in runs]
+    gain = last_accuracies([wider])[0] - last_accuracies([quick])[0]
+    assert f"So {macs[1] / macs[0]:.1f} times the operations gain {gain:.1f} points" in text
 
 
 def compare_losses(*rows):
