@@ -104,13 +104,14 @@ FORMS = {"outputs": weight_outputs, "inputs": weight_inputs, "kernels": mix_kern
 #   best             8.6        10.3  11.5
 def choose_form(x, coefficients, convs):
     """Return the form that is fastest for such tensors, by name."""
-    outputs, size = convs.out_channels // coefficients.shape[1], x.shape[-1]
+    k, inputs, size = coefficients.shape[1], x.shape[1], x.shape[-1]
+    outputs = convs.out_channels // k
     if x.is_cuda:  # smaller sums wait for Python, so what takes fewer calls is faster
         enough = len(x) * size**2 * convs.weight.numel() > 100_000_000_000
     elif is_channels_last(convs.weight):  # a CPU with AMX
-        if coefficients.shape[1] == 2 and outputs > x.shape[1]:
+        if k == 2 and outputs > inputs:
             return "inputs"
-        enough = size >= 32 and outputs >= 16 and coefficients.shape[1] >= 3
+        enough = size >= 32 and outputs >= 16 and k >= 3
     else:
         enough = outputs >= 8 or compute_dtype(x) == torch.bfloat16
     return "kernels" if size >= 15 and enough else "outputs"
