@@ -64,6 +64,7 @@ def minutes(history):
         ("README.md", "quarter", 9),
         ("docs/recipe.md", "controls", 3),
         ("docs/recipe.md", "settings", 3),
+        ("docs/recipe.md", "held-out", 5),
     ],
 )
 def test_a_table_has_the_figures_of_the_results(page, folder, column):
@@ -105,19 +106,28 @@ def test_where_k_is_2_the_identity_lowers_the_loss():
     assert f"it lowers the loss, {compare_losses(with_it, without)}" in unwrap("docs/recipe.md")
 
 
-def test_quick_and_a_wider_network_end_where_they_do_on_the_images_held_out():
-    quick, single, wider = runs = read("results/search/*-held-out.json")
-    assert all(run["config"]["holdout"] == 5_000 for run in runs)
-    accuracies = [as_published(last_accuracies([run])) for run in runs]
-    text, right = unwrap("docs/recipe.md"), wider["epochs"][-1]["train_accuracy"]
-    assert f"`quick` ends at {accuracies[0]} of these" in text
-    losses = [f"{run['epochs'][-1]['val_loss']:.3f}" for run in (quick, single)]
-    assert f"kernels at {accuracies[1]} (" in text
-    assert "the losses are {} and {}".format(*losses) in text
-    assert f"at {accuracies[2]} after 20 epochs, with {right:.1f} % of the training images" in text
-    macs = [build_model(run["config"]).macs for run in runs]
-    gain = last_accuracies([wider])[0] - last_accuracies([quick])[0]
-    assert f"So {macs[2] / macs[0]:.1f} times the operations gain {gain:.1f} points" in text
+def test_how_wide_and_how_long_was_chosen_on_images_held_out():
+    page, runs = "docs/recipe.md", {run["name"]: run for run in read("results/held-out/*.json")}
+    for run in runs.values():
+        assert run["config"]["holdout"] == 5_000
+        last, row = run["epochs"][-1], [run]
+        assert cells(page, row, 3)[-1] == f" {len(run['epochs'])} "
+        assert cells(page, row, 4)[-1] == f" {last['train_accuracy']:.1f} % "
+        assert cells(page, row, 6)[-1] == f" {last['val_loss']:.3f} "
+    names = ("quick", "wider", "quick-k1", "deep-plain", "long-deep")
+    quick, wider, shallow, deep, long = (runs[name] for name in names)
+    times, more = (
+        build_model(large["config"]).macs / build_model(small["config"]).macs
+        for small, large in ((quick, wider), (shallow, deep))
+    )
+    gain, longer = (
+        last_accuracies([better])[0] - last_accuracies([worse])[0]
+        for worse, better in ((quick, wider), (deep, long))
+    )
+    text = unwrap(page)
+    assert f"channels, {100 * (more - 1):.0f} % more operations" in text
+    assert f"has {times:.1f} times the operations and gains {gain:.1f} points" in text
+    assert f"22 epochs more gain {longer:.1f} points" in text
 
 
 def compare_losses(*rows):
