@@ -21,7 +21,7 @@ parts=( # of the recipe, by name, that can be left out
     "decay --weight-decay 1.33e-3"
 )
 recipe+=" ${parts[*]#* }"
-best="$recipe --arch 128 128 384 384 384 384 --lr 1.3 --weight-decay 1.5e-3 --epochs 20"
+best="$recipe --arch 128 128 384 384 384 384 --lr 1.3 --weight-decay 1.5e-3 --epochs 32"
 quick="$recipe --arch 64 64 256 256 256 256 --epochs 20"
 base="$recipe --arch 32 32 128 128 128 128 --epochs 12 --holdout 5000"
 rows=("best $best --k 2" "best-k1 $best --k 1" "quick $quick --k 2" "quick-k1 $quick --k 1")
