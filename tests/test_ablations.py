@@ -99,7 +99,7 @@ PARTS = {
     "decay": "--weight-decay 1.33e-3",
 }
 RECIPE = " ".join([NETWORK, *PARTS.values()])
-BEST = f"{RECIPE} --arch 128 128 384 384 384 384 --lr 1.3 --weight-decay 1.5e-3 --epochs 20"
+BEST = f"{RECIPE} --arch 128 128 384 384 384 384 --lr 1.3 --weight-decay 1.5e-3 --epochs 32"
 QUICK = f"{RECIPE} --arch 64 64 256 256 256 256 --lr 1.5 --epochs 20"
 BASE = f"{RECIPE} --arch 32 32 128 128 128 128 --lr 1.5 --epochs 12 --holdout 5000"
 
