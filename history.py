@@ -32,6 +32,7 @@ NEUTRAL = {
     "downsample": [[], False],
     "ema": [None],
     "logit_scale": [1.0],
+    "residual": [False],
     "whiten": [False],
 }
 
