@@ -265,6 +265,7 @@ def test_the_readme_has_the_figures_of_the_recipe(row):
     assert len(others) == 2
     views = [run["test"]["tta"]["accuracy"] for run in runs]
     figures = [as_published(last_accuracies(runs)), as_published(views)]
+    assert {run["test"]["tta"]["views"] for run in runs} == {6}
     figures.append(f"{minutes(first):.0f} min")
     (line,) = (line for line in README.splitlines() if line.startswith(f"| `{row}`"))
     assert " | ".join(["", *figures, ""]) in line
