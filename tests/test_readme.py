@@ -53,6 +53,11 @@ def cells(page, row, column):
     return [line[column] for line in of_row if len(line) > column]
 
 
+def accuracies_by_views(row):
+    """The accuracies of a row's runs with test-time augmentation."""
+    return [run["test"]["tta"]["accuracy"] for run in row]
+
+
 def minutes(history):
     return sum(epoch["seconds"] for epoch in history["epochs"]) / 60
 
@@ -259,22 +264,35 @@ def test_the_findings_have_the_figures_of_the_claims():
     assert "Of its nine claims six hold, one does not, two are undecided" in TEXT
 
 
-@pytest.mark.parametrize("row", ["quick", "quick-k1", "best", "best-k1"])
-def test_the_readme_has_the_figures_of_the_recipe(row):
-    first, *others = runs = read_seeds(f"best/{row}")
-    assert len(others) == 2
-    views = [run["test"]["tta"]["accuracy"] for run in runs]
-    figures = [as_published(last_accuracies(runs)), as_published(views)]
+@pytest.mark.parametrize("row, seeds", [("quick", 3), ("quick-k1", 3), ("best", 1), ("best-k1", 1)])
+def test_the_readme_has_the_figures_of_the_recipe(row, seeds):
+    runs = read_seeds(f"best/{row}")
+    assert len(runs) == seeds
     assert {run["test"]["tta"]["views"] for run in runs} == {6}
-    figures.append(f"{minutes(first):.0f} min")
+    figures = [as_published(last_accuracies(runs)), as_published(accuracies_by_views(runs))]
+    figures.append(f"{minutes(runs[0]):.0f} min")
     (line,) = (line for line in README.splitlines() if line.startswith(f"| `{row}`"))
     assert " | ".join(["", *figures, ""]) in line
+    assert (", one seed |" in line) == (seeds == 1)
+
+
+def test_the_same_blocks_reach_what_best_does():
+    runs, quick = read_seeds("best/best"), read_seeds("best/quick")
+    by_views = fmean(accuracies_by_views(runs))
+    assert f"**The same blocks reach {by_views:.2f} %**" in TEXT
+    assert f"in {minutes(runs[0]):.0f} minutes on two CPU cores" in TEXT
+    assert f"of each test image; {fmean(last_accuracies(runs)):.2f} % by one" in TEXT
+    by_views, took = fmean(accuracies_by_views(quick)), minutes(quick[0])
+    assert f"`quick` reaches {by_views:.2f} % in {took:.0f} minutes" in TEXT
+    test = runs[0]["test"]
+    figures = f"{test['accuracy']:.1f} % of the test images; {test['tta']['accuracy']:.1f} % by six"
+    assert f"weights/best.pt --tta # {figures} views" in TEXT
 
 
 def test_the_gates_of_quick_gain_what_is_said_at_equal_epochs():
     gated, plain = read_seeds("best/quick"), read_seeds("best/quick-k1")
     by_one = [last_accuracies(runs) for runs in (gated, plain)]
-    by_six = [[run["test"]["tta"]["accuracy"] for run in runs] for runs in (gated, plain)]
+    by_six = [accuracies_by_views(runs) for runs in (gated, plain)]
     (gain,) = {f"{fmean(a) - fmean(b):.1f}" for a, b in (by_one, by_six)}
     certain, undecided = (compare_by_welch(*both) for both in (by_six, by_one))
     assert certain < 0.05 < undecided
@@ -293,16 +311,20 @@ def test_the_readme_has_the_figures_of_final():
     assert f"ends at {replayed:.2f} % here, over {82.84 - replayed:.0f} points lower" in TEXT
 
 
-def test_a_gate_of_two_of_three_networks_tells_vehicles_from_animals():
+def test_a_gate_of_three_of_four_networks_tells_vehicles_from_animals():
     vehicles = {"airplane", "automobile", "ship", "truck"}
-    told = 0
-    for run in read("results/best/best*.json"):
-        gate = run["test"]["gates"][5]["mean_per_class"]
+    told, orders = 0, []
+    for run in [*read_seeds("best/quick"), *read_seeds("best/best")]:
+        gate = run["test"]["gates"][4]["mean_per_class"]
         coefficients = dict(zip(run["test"]["per_class"], (means[0] for means in gate)))
-        of_vehicles = [coefficients.pop(name) for name in vehicles]
-        told += min(of_vehicles) > max(coefficients.values())
-    assert told == 2
-    assert "In two of three networks the sixth block's gate" in TEXT
+        order = sorted(coefficients, key=coefficients.get, reverse=coefficients["truck"] < 0.5)
+        told += set(order[6:]) == vehicles
+        orders.append(order)
+    assert (told, len(orders)) == (3, 4)
+    assert "In three of four networks the fifth block's gate tells vehicles from animals" in TEXT
+    for order in orders:
+        assert set(order[:3]) == {"deer", "frog", "bird"}
+        assert set(order[8:]) == {"automobile", "truck"}
 
 
 def test_row_4_ends_where_it_does_by_the_textbook():
@@ -363,7 +385,8 @@ def test_the_ratios_of_training_steps_are_those_measured(file, where):
     text = (ROOT / "docs/speed.md").read_text()
     report = json.loads((ROOT / "results/bench" / file).read_text())
     rows = [row for row in report["results"] if row["what"].startswith("training step of ")]
-    assert len(rows) == 4
+    rows = [row for row in rows if not row["what"].endswith("batch 512")]  # of an earlier best
+    assert len(rows) == (4 if file == "cpu-amx.json" else 3)
     for row in rows:
         ours, *textbooks = row["seconds"].values()
         ratios = []
