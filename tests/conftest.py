@@ -10,6 +10,8 @@ from itertools import count
 from pathlib import Path
 from unittest.mock import Mock, patch
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before PyTorch: the other core has tests, too
+
 import pytest
 from torch.nn.modules.module import register_module_forward_pre_hook
 

@@ -108,7 +108,8 @@ def test_open_gates_gain_what_is_said_at_equal_epochs():
 
 def test_where_k_is_2_the_identity_lowers_the_loss():
     with_it, without = read_seeds("controls/k2"), read_seeds("controls/k2-without-identity")
-    assert f"it lowers the loss, {compare_losses(with_it, without)}" in unwrap("docs/recipe.md")
+    lowers = f"the identity lowers the loss, {compare_losses(with_it, without)}"
+    assert lowers in unwrap("docs/recipe.md")
 
 
 def test_how_wide_and_how_long_was_chosen_on_images_held_out():
@@ -287,6 +288,18 @@ def test_the_same_blocks_reach_what_best_does():
     test = runs[0]["test"]
     figures = f"{test['accuracy']:.1f} % of the test images; {test['tta']['accuracy']:.1f} % by six"
     assert f"weights/best.pt --tta # {figures} views" in TEXT
+
+
+def test_where_the_limit_is_is_what_best_says():
+    (gated,), (plain,) = read_seeds("best/best"), read_seeds("best/best-k1")
+    page = unwrap("docs/recipe.md")
+    for run in (gated, plain):
+        (by_views,) = accuracies_by_views([run])
+        assert f"ends at {by_views:.2f} % after {minutes(run):.0f} minutes" in page
+    assert f"{gated['epochs'][-1]['train_accuracy']:.1f} % of the training images are right" in page
+    folders = ("best", "controls", "settings", "held-out", "search")
+    took = sum(minutes(run) for folder in folders for run in read(f"results/{folder}/*.json"))
+    assert f"are of {took / 60:.0f} hours of training" in page
 
 
 def test_the_gates_of_quick_gain_what_is_said_at_equal_epochs():
