@@ -62,6 +62,8 @@ def load_model(path):
     try:
         config, precision = checkpoint["config"], checkpoint["precision"]
         weights, classes = checkpoint["weights"], CLASSES[config["dataset"]]
+        if config.get("residual"):
+            raise ValueError("--residual: blocks no longer add their inputs to their outputs")
         check_sizes(DEFAULTS | config, weights)
         with torch.device("meta"):  # without memory, whatever the config says
             model = build_model(config, len(classes))

@@ -41,7 +41,6 @@ DEFAULTS = {
     "block_relu": True,
     "norm": "none",
     "downsample": [],
-    "residual": False,
     "pool": "adaptive",
     "fc": 3,
     "hidden": 4096,
@@ -56,19 +55,10 @@ class Block(nn.Module):
     """k gated 3x3 convolutions (stride 1, padding 1) of one input, summed, then ReLU if `relu`:
     (N, in_channels, H, W) -> (N, out_channels, H, W). One with a softmax is a plain convolution,
     its coefficient is 1. `norm` "batch" normalises the sum before the ReLU (Ioffe and Szegedy
-    2015), `downsample` halves H and W before that by max pooling, and `residual` adds the input to
-    the output where their shapes agree (He et al. 2016)."""
+    2015), `downsample` halves H and W before that by max pooling."""
 
     def __init__(
-        self,
-        in_channels,
-        out_channels,
-        k,
-        gate="softmax",
-        relu=True,
-        norm="none",
-        downsample=False,
-        residual=False,
+        self, in_channels, out_channels, k, gate="softmax", relu=True, norm="none", downsample=False
     ):
         super().__init__()
         # One convolution holds all k: initialisations depend on the fan-in, which is that of each.
@@ -84,7 +74,6 @@ class Block(nn.Module):
             self.norm = nn.BatchNorm2d(out_channels)
             self.norm.weight.requires_grad_(False)
         self.activation = nn.ReLU() if relu else nn.Identity()
-        self.residual = residual and in_channels == out_channels and not downsample
 
     def coefficients(self, x):
         """Return the coefficients a of each image, float32: (N, in_channels, H, W) -> (N, k); None
@@ -98,8 +87,7 @@ class Block(nn.Module):
     def forward(self, x):
         a = self.coefficients(x)
         y = gated_conv(x, a, self.convs)  # sum_i a_i conv(x, W_i)
-        y = self.activation(self.norm(self.pool(y)))
-        return x + y if self.residual else y
+        return self.activation(self.norm(self.pool(y)))
 
 
 class Whitening(nn.Sequential):
@@ -113,8 +101,13 @@ class Whitening(nn.Sequential):
 
     @torch.no_grad()
     def fit(self, x):
-        """Set the kernels to those of the images x (N, 3, H, W)."""
-        kernels = whitening_kernels(x, WHITENING)
+        """Set the kernels to those of the images x (N, 3, H, W): the principal components of their
+        patches, each over its standard deviation, that of largest variance first."""
+        patches = F.unfold(x, WHITENING).transpose(1, 2).flatten(0, 1)  # (patches, 12)
+        variances, components = torch.linalg.eigh(patches.T @ patches / len(patches))
+        # airbench's 5e-4 keeps components of hardly any variance, noise, from being blown up.
+        kernels = (components / (variances + 5e-4).sqrt()).T.flip(0)
+        kernels = kernels.unflatten(1, self[0].weight.shape[1:])
         self[0].weight.copy_(torch.cat([kernels, -kernels]))
 
 
@@ -157,7 +150,7 @@ def build_model(options, classes=10):
     is an nn.Sequential of `whitening`, if that is wanted, `backbone` and `classifier`: (N, 3, 32,
     32) -> logits (N, classes). Its attribute `macs` is what count_macs says of it."""
     options, parts = DEFAULTS | options, OrderedDict()
-    block = {name: options[name] for name in ("k", "gate", "norm", "downsample", "residual")}
+    block = {name: options[name] for name in ("k", "gate", "norm", "downsample")}
     if options["whiten"]:
         parts["whitening"] = whitening = Whitening()
         block |= {"channels": whitening[0].out_channels, "size": IMAGE_SIZE - WHITENING + 1}
@@ -188,31 +181,6 @@ def initialise_dirac(module):
     if isinstance(module, Block):
         weight = module.convs.weight
         weight += nn.init.dirac_(torch.empty_like(weight), module.gate_linear.out_features)
-
-
-@torch.no_grad()
-def initialise_whitening(block, x):
-    """Set each of a block's k sets of kernels to whiten images like x (N, C, H, W), and freeze it:
-    half of its kernels are the first of those that do, the others minus those. Kernels that are
-    left over stay random."""
-    whitening = whitening_kernels(x, 3)
-    for kernels in block.convs.weight.chunk(block.gate_linear.out_features):
-        half = min(len(whitening), len(kernels) // 2)
-        kernels[:half] = whitening[:half]
-        kernels[half : 2 * half] = -kernels[:half]
-    # The kernels of the largest components are tiny: one step would wipe them out.
-    block.convs.requires_grad_(False)
-
-
-def whitening_kernels(x, size):
-    """Return kernels (components, C, size, size) that decorrelate images like x (N, C, H, W): the
-    principal components of their patches, each over its standard deviation, the one of largest
-    variance first."""
-    patches = F.unfold(x, size).transpose(1, 2).flatten(0, 1)  # (patches, size**2 C)
-    variances, components = torch.linalg.eigh(patches.T @ patches / len(patches))
-    # airbench's 5e-4 keeps components of hardly any variance, noise, from being blown up.
-    whitening = (components / (variances + 5e-4).sqrt()).T.flip(0)
-    return whitening.unflatten(1, (x.shape[1], size, size))
 
 
 @torch.inference_mode()

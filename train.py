@@ -42,7 +42,7 @@ from device import (
     set_up_device,
 )
 from history import harden_output, to_path
-from model import DEFAULTS, GATES, build_model, initialise_whitening, predict
+from model import DEFAULTS, GATES, build_model, predict
 from run import (
     Run,
     claim,
@@ -84,7 +84,7 @@ def train(args, command, saved):
         for step, (x, labels) in enumerate(batches, start):
             lr = learning_rate(args, epoch, step, steps)
             for group in optimizer.param_groups:
-                group["lr"] = lr * group["factor"]
+                group["lr"] = lr
             torch.manual_seed(derive_seed(args.seed, epoch, step, RANK))  # for dropout
             with amp:
                 logits = network(x)
@@ -148,19 +148,14 @@ def make_model(args, train_set, device, precision):
     images, on the device."""
     torch.manual_seed(args.seed)
     model = build_model(vars(args), len(train_set.classes))
-    if args.whiten or args.init == "whiten":
-        x, _ = next(train_set.batches(1_000))  # a million patches, for 27 x 27 covariances
-        if args.whiten:
-            model.whitening.fit(x.cpu())
-        else:
-            initialise_whitening(model.backbone[0], x.cpu())
+    if args.whiten:
+        x, _ = next(train_set.batches(1_000))  # a million patches, for 12 x 12 covariances
+        model.whitening.fit(x.cpu())
     return model.to(device, memory_format=fast.memory_format(device, precision))
 
 
 def make_optimizer(model, args):
-    """Return PyTorch's optimiser with the options that are given, its step fused where it can be.
-    With args.bias_lr, biases learn at so many times the rate of weights, and do not decay. Those of
-    the gated sums learn as weights: large steps of a gate's bias leave it one choice for good."""
+    """Return PyTorch's optimiser with the options given, its step fused where it can be."""
     kind, parameters = OPTIMIZERS[args.optimizer], list(model.parameters())
     options = {"weight_decay": args.weight_decay, "momentum": args.momentum}
     options = {name: value for name, value in options.items() if value is not None}
@@ -168,13 +163,7 @@ def make_optimizer(model, args):
         options["nesterov"] = True
     if "fused" in inspect.signature(kind).parameters:
         options["fused"] = parameters[0].device.type in ("cpu", "cuda")
-    groups = [{"params": parameters, "factor": 1}]
-    if args.bias_lr is not None:
-        named, gated = list(model.named_parameters()), ("convs.bias", "gate_linear.bias")
-        biases = [p for name, p in named if p.dim() <= 1 and not name.endswith(gated)]
-        groups[0]["params"] = [p for name, p in named if p.dim() > 1 or name.endswith(gated)]
-        groups.append({"params": biases, "factor": args.bias_lr, "weight_decay": 0})
-    return kind(groups, lr=args.lr, **options)
+    return kind(parameters, lr=args.lr, **options)
 
 
 def learning_rate(args, epoch, step, steps):
@@ -229,16 +218,14 @@ def parse_args(argv=None):
     add("--norm", choices=("none", "batch"), help="batch normalisation of the blocks' sums")
     halves = "max pooling in these blocks, counted from 1, before the norm"
     add("--downsample", type=positive, nargs="+", metavar="N", help=halves)
-    add("--residual", action=on_off, help="add a block's input where the output is as large")
     pools = "AdaptiveAvgPool2d(8), AvgPool2d(8), or the largest of the whole image"
     add("--pool", choices=("adaptive", "avg", "max"), help=pools)
     add("--fc", type=positive, help="number of fully connected layers")
     add("--hidden", type=positive, help="units of each hidden one")
     add("--dropout", type=fraction, help="probability, after each hidden layer")
     add("--logit-scale", type=number(float, 0), help="factor of the last layer's outputs")
-    inits = "He's, PyTorch's default, or this with the identity added in the blocks (dirac) or a "
-    inits += "first block fixed to whiten the images"
-    add("--init", choices=("he", "default", "dirac", "whiten"), help=inits)
+    inits = "He's, PyTorch's default, or this with the identity added in the blocks (dirac)"
+    add("--init", choices=("he", "default", "dirac"), help=inits)
     whitening = "a fixed layer before the first block that decorrelates the images' 2x2 patches"
     add("--whiten", action=on_off, help=whitening)
     parser.set_defaults(**DEFAULTS)
@@ -247,8 +234,6 @@ def parse_args(argv=None):
     add("--optimizer", choices=OPTIMIZERS, default="adamw", help="PyTorch's own")
     add("--lr", type=number(float, 0), default=0.001, help="learning rate")
     add("--weight-decay", type=number(float, 0), help="None: the optimiser's own default")
-    biases = "all but gated sums' learn at FACTOR times --lr, without decay; None: as weights"
-    add("--bias-lr", type=number(float, 0), metavar="FACTOR", help=biases)
     add("--momentum", type=fraction, help="None: the optimiser's own default, 0 of sgd")
     add("--nesterov", action=on_off, default=False, help="Nesterov's momentum")
     schedules = "cosine: down, epoch by epoch; onecycle: up to --lr and down, by batches"
@@ -287,8 +272,6 @@ def refuse_contradictions(args, parser):
         parser.error(f"--name {name!r} becomes part of file names; --out takes the folder")
     if args.resume and args.overwrite:
         parser.error("--resume goes on with a run and --overwrite replaces it: give one of them")
-    if args.whiten and args.init == "whiten":
-        parser.error("--whiten and --init whiten: one of them whitens the images")
     halving, blocks = set(args.downsample), len(args.arch)
     if len(halving) > MOST_HALVINGS or max(halving, default=0) > blocks:
         numbers = " ".join(map(str, args.downsample))

@@ -18,7 +18,7 @@ from model import Block, build_model
 
 CPU = torch.device("cpu")
 # All of a network that goes beyond the report and is not of its classifier.
-BEYOND = {"arch": [8, 8, 12], "norm": "batch", "downsample": [3], "residual": True, "fc": 1}
+BEYOND = {"arch": [8, 8, 12], "norm": "batch", "downsample": [3], "fc": 1}
 
 
 @pytest.fixture(params=[*fast.FORMS, "kernels of GPUs"])

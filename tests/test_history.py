@@ -20,7 +20,7 @@ from train import parse_args
 
 COMMITTED = [path for path in sorted(ROOT.glob("results/**/*.json")) if path.parent.name != "bench"]
 TODAY = vars(parse_args([]))
-GONE = {"sharp", "cutout", "--ema"}  # what some committed histories were trained with
+GONE = {"--residual", "--bias-lr"}  # what some committed histories were trained with
 
 
 def test_a_file_has_an_epoch_a_line_and_all_batch_losses_in_one(history, tmp_path):
@@ -103,7 +103,8 @@ def test_every_option_that_a_history_may_lack_does_nothing_by_default():
     "unknown, further",
     [
         ([], {}),
-        (["bias_lr", "logit_scale"], {"downsample": False, "bias_decay": True, "ema": None}),
+        (["logit_scale"], {"downsample": False, "bias_decay": True, "ema": None}),
+        (["whiten"], {"residual": False, "bias_lr": None}),
     ],
 )
 def test_what_an_era_did_not_know_or_no_longer_does_makes_no_difference(unknown, further):

@@ -132,17 +132,14 @@ def test_optimisers_are_pytorchs_with_its_defaults(options, kind, expected, monk
 @pytest.mark.parametrize(
     "option, first",
     [
-        ("--init whiten", 0),
         ("--init dirac", 0),
         ("--whiten", 0),
         ("--no-block-relu", 0),
         ("--norm batch", 0),
         ("--downsample 2", 0),
-        ("--residual", 0),
         ("--pool max", 0),
         ("--logit-scale 0.5", 0),
         ("--augment crop", 0),
-        ("--bias-lr 2", 1),
     ],
 )
 def test_an_option_changes_the_losses_from_the_batch_on_that_it_acts_on(run, option, first):
@@ -151,27 +148,6 @@ def test_an_option_changes_the_losses_from_the_batch_on_that_it_acts_on(run, opt
     changed = run(base, option, "--overwrite")["batch_losses"]
     differ = [number for number, (a, b) in enumerate(zip(plain, changed)) if a != b]
     assert differ == list(range(first, 8))
-
-
-def test_biases_can_learn_faster_than_weights_and_do_not_decay():
-    args = tiny("--bias-lr 16 --norm batch --weight-decay 0.1")
-    model = make_model(args, data.load("shapes"), CPU, "float32")
-    weights, biases = make_optimizer(model, args).param_groups
-    assert (weights["weight_decay"], weights["factor"]) == (0.1, 1)
-    assert (biases["weight_decay"], biases["factor"]) == (0, 16)
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    fast = {names[id(p)] for p in biases["params"] if p.requires_grad}
-    linear = {f"classifier.{layer}.bias" for layer in (2, 5, 8)}
-    assert fast == {"backbone.block1.norm.bias", "backbone.block2.norm.bias", *linear}
-    assert len(weights["params"]) + len(biases["params"]) == len(names)
-
-
-def test_a_gates_bias_learns_as_its_weights_do():
-    args = tiny("--bias-lr 16")
-    model = make_model(args, data.load("shapes"), CPU, "float32")
-    slow = {id(parameter) for parameter in make_optimizer(model, args).param_groups[0]["params"]}
-    for block in model.backbone:
-        assert {id(p) for p in (*block.gate_linear.parameters(), *block.convs.parameters())} <= slow
 
 
 def test_label_smoothing_changes_the_training_loss_alone(run, tmp_path):
