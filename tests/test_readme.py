@@ -331,15 +331,17 @@ def test_the_same_blocks_reach_what_best_does():
 
 
 def test_gates_gain_little_at_equal_epochs_for_twice_the_minutes():
-    for name, gain, seeds in (("best", 0.2, 1), ("quick", 0.3, 3)):
+    gains = []
+    for name, seeds in (("best", 1), ("quick", 3)):
         gated, plain = read_seeds(f"best/{name}"), read_seeds(f"best/{name}-k1")
-        means = [fmean(accuracies_by_views(runs)) for runs in (gated, plain)]
-        assert round(means[0] - means[1], 1) == gain
-        assert minutes(plain[0]) < 0.5 * minutes(gated[0])
         assert len(gated) == len(plain) == seeds
-    assert "ends 0.2 points lower by six views of each image (`best-k1`, one seed)" in TEXT
-    assert "`quick` 0.3 points (three seeds)" in TEXT
-    assert "end 0.2 to 0.3 points lower, in less than half of the minutes" in TEXT
+        assert minutes(plain[0]) < 0.5 * minutes(gated[0])
+        means = [fmean(accuracies_by_views(runs)) for runs in (gated, plain)]
+        gains.append(f"{means[0] - means[1]:.1f}")
+    best, quick = gains
+    assert f"ends {best} points lower by six views of each image (`best-k1`, one seed)" in TEXT
+    assert f"`quick` {quick} points (three seeds)" in TEXT
+    assert f"end {best} to {quick} points lower, in less than half of the minutes" in TEXT
 
 
 def test_where_the_limit_is_is_what_best_says():
@@ -381,16 +383,14 @@ def test_a_gate_of_three_of_four_networks_tells_vehicles_from_animals():
     vehicles = {"airplane", "automobile", "ship", "truck"}
     orders = []
     for run in [*read_seeds("best/quick"), *read_seeds("best/best")]:
-        gate = run["test"]["gates"][4]["mean_per_class"]
-        coefficients = dict(zip(run["test"]["per_class"], (means[0] for means in gate)))
-        order = sorted(coefficients, key=coefficients.get, reverse=coefficients["truck"] < 0.5)
+        gate = dict(zip(run["test"]["per_class"], run["test"]["gates"][4]["mean_per_class"]))
+        of_trucks = gate["truck"].index(max(gate["truck"]))  # the set of kernels
+        coefficients = {name: means[of_trucks] for name, means in gate.items()}
+        order = sorted(coefficients, key=coefficients.get)
         orders.append(order)
         assert set(order[:3]) == {"deer", "frog", "bird"}
         assert set(order[8:]) == {"automobile", "truck"}
-        larger = {name for name, value in coefficients.items() if value > 0.5}
-        assert larger & {"deer", "frog", "bird", "automobile", "truck"} in map(
-            set, (order[:3], order[8:])
-        )
+        assert coefficients[order[2]] < 0.5 < coefficients[order[8]]
     assert [set(order[6:]) == vehicles for order in orders] == [True, False, True, True]
     assert orders[1][5:8] == ["ship", "horse", "airplane"]
     assert "In three of four networks the fifth block's gate tells vehicles from animals" in TEXT
