@@ -96,6 +96,26 @@ def test_so_have_the_differences_in_the_recipes_tables(folder, base):
         assert published in cells("docs/recipe.md", row, 4)
 
 
+def test_the_parts_of_the_recipe_are_worth_what_is_said():
+    base = last_accuracies(read_seeds("controls/base"))
+
+    def held_against_base(part):
+        accuracies = last_accuracies(read_seeds(f"controls/{part}"))
+        return fmean(base) - fmean(accuracies), compare_by_welch(base, accuracies)
+
+    text = unwrap("docs/recipe.md")
+    parts = ("logit-scale", "whitening", "augment", "decay")
+    worth, p = zip(*(held_against_base(f"without-{part}") for part in parts))
+    assert f"are worth {min(worth):.1f} to {max(worth):.1f} points each" in text and max(p) < 0.05
+    _, p = held_against_base("without-max-pool")
+    assert f"Max pooling is undecided (p = {p:.2f})" in text and p > 0.05
+    for part in ("identity", "onecycle", "smoothing"):
+        gain, p = held_against_base(f"without-{part}")
+        assert gain < 0 and p > 0.05
+    _, p = held_against_base("residual-without-identity")
+    assert p > 0.05
+
+
 def test_open_gates_gain_what_is_said_at_equal_epochs():
     text = unwrap("docs/recipe.md")
     gated, plain = read_seeds("controls/k2"), read_seeds("controls/base")
