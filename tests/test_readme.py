@@ -96,38 +96,36 @@ def test_so_have_the_differences_in_the_recipes_tables(folder, base):
         assert published in cells("docs/recipe.md", row, 4)
 
 
+def compare_accuracies(*names):
+    """How many points the first of two rows of the controls ends above the second, and the
+    probability of that by Welch's t-test."""
+    first, second = (last_accuracies(read_seeds(f"controls/{name}")) for name in names)
+    return fmean(first) - fmean(second), compare_by_welch(first, second)
+
+
 def test_the_parts_of_the_recipe_are_worth_what_is_said():
-    base = last_accuracies(read_seeds("controls/base"))
-
-    def held_against_base(part):
-        accuracies = last_accuracies(read_seeds(f"controls/{part}"))
-        return fmean(base) - fmean(accuracies), compare_by_welch(base, accuracies)
-
     text = unwrap("docs/recipe.md")
     parts = ("logit-scale", "whitening", "augment", "decay")
-    worth, p = zip(*(held_against_base(f"without-{part}") for part in parts))
+    worth, p = zip(*(compare_accuracies("base", f"without-{part}") for part in parts))
     assert f"are worth {min(worth):.1f} to {max(worth):.1f} points each" in text and max(p) < 0.05
-    _, p = held_against_base("without-max-pool")
+    _, p = compare_accuracies("base", "without-max-pool")
     assert f"Max pooling is undecided (p = {p:.2f})" in text and p > 0.05
     for part in ("identity", "onecycle", "smoothing"):
-        gain, p = held_against_base(f"without-{part}")
+        gain, p = compare_accuracies("base", f"without-{part}")
         assert gain < 0 and p > 0.05
-    _, p = held_against_base("residual-without-identity")
+    _, p = compare_accuracies("base", "residual-without-identity")
     assert p > 0.05
 
 
 def test_open_gates_gain_what_is_said_at_equal_epochs():
     text = unwrap("docs/recipe.md")
-    gated, plain = read_seeds("controls/k2"), read_seeds("controls/base")
-    gain = fmean(last_accuracies(gated)) - fmean(last_accuracies(plain))
-    p = compare_by_welch(last_accuracies(gated), last_accuracies(plain))
+    gain, p = compare_accuracies("k2", "base")
     assert (
         f"gains {gain:.1f} points at equal epochs, by three seeds undecided (p = {p:.2f})" in text
     )
-    assert f"held out is lower, {compare_losses(gated, plain)}" in text
-    three = last_accuracies(read_seeds("controls/k3"))
-    gain = fmean(three) - fmean(last_accuracies(plain))
-    p = compare_by_welch(three, last_accuracies(plain))
+    losses = compare_losses(read_seeds("controls/k2"), read_seeds("controls/base"))
+    assert f"held out is lower, {losses}" in text
+    gain, p = compare_accuracies("k3", "base")
     assert f"three sets gain {gain:.1f} (p = {p:.2f})" in text and p < 0.05
     assert f"three chosen by softmax end {gain:.1f} points above one" in TEXT
 
@@ -148,14 +146,14 @@ def test_the_choice_lowers_the_loss_and_more_epochs_in_the_same_time_help_more()
     assert f"by half each it stays, {compare_losses(softmax, mean)}" in text
     lowered = f"from {loss_as_published(mean)} (half each) to {loss_as_published(softmax)}"
     assert f"The choice lowers the loss, {lowered} (softmax)" in TEXT
-    at_equal_epochs = [last_accuracies(row) for row in (base, mean, softmax, sigmoid)]
-    for a, b in itertools.combinations(at_equal_epochs, 2):
-        assert compare_by_welch(a, b) > 0.05
+    for names in itertools.combinations(CONTROLS[:4], 2):  # at equal epochs
+        _, p = compare_accuracies(*names)
+        assert p > 0.05
     epochs_of_k2, epochs_of_base = (len(row[0]["epochs"]) for row in (softmax, longer))
     an_epoch = [median(map(minutes, row)) / len(row[0]["epochs"]) for row in (softmax, base)]
     assert epochs_of_base * an_epoch[1] < epochs_of_k2 * an_epoch[0]
-    gain = fmean(last_accuracies(longer)) - fmean(last_accuracies(softmax))
-    assert compare_by_welch(last_accuracies(longer), last_accuracies(softmax)) < 0.05
+    gain, p = compare_accuracies("base-28-epochs", "k2")
+    assert p < 0.05
     assert (
         f"for as many minutes as two, ends {gain:.1f} points higher, with a loss that is lower"
         in TEXT
