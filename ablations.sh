@@ -77,7 +77,7 @@ stop() { # stop CODE: end the script that runs, then this one
 trap 'stop 143' TERM
 trap 'stop 130' INT
 
-shopt -s nullglob # a pattern that no file matches is nothing; [.] makes one of a plain name
+shopt -s nullglob # a pattern without a match is nothing; [.] makes a pattern of a name
 failed=
 histories=()
 for row in "${rows[@]}"; do

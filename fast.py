@@ -271,7 +271,8 @@ class Pool(nn.Module):
         self.function, self.size = function, size
 
     def forward(self, x):
-        if x.is_cuda and self.function is F.avg_pool2d:  # half the time, gradient included (H200)
+        whole = x.shape[-1] % self.size == 0
+        if x.is_cuda and whole and self.function is F.avg_pool2d:  # in half the time (H200)
             return F.adaptive_avg_pool2d(x, x.shape[-1] // self.size)
         slow = x.is_cpu and x.dtype == torch.bfloat16 and not is_channels_last(x)
         if slow and ONEDNN_HAS_BFLOAT16 and not torch.compiler.is_compiling():

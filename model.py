@@ -53,8 +53,8 @@ DEFAULTS = {
 
 class Block(nn.Module):
     """k gated 3x3 convolutions (stride 1, padding 1) of one input, summed, then ReLU if `relu`:
-    (N, in_channels, H, W) -> (N, out_channels, H, W). One with a softmax is a plain convolution,
-    its coefficient is 1. `norm` "batch" normalises the sum before the ReLU (Ioffe and Szegedy
+    (N, in_channels, H, W) -> (N, out_channels, H, W). With k = 1 and a softmax, its coefficient is
+    1: a plain convolution. `norm` "batch" normalises the sum before the ReLU (Ioffe and Szegedy
     2015), `downsample` halves H and W before that by max pooling."""
 
     def __init__(
@@ -81,7 +81,7 @@ class Block(nn.Module):
         if not self.gated:
             return None
         pooled = x.mean(dim=(2, 3))
-        with torch.autocast(x.device.type, enabled=False):  # softmax is to sum to one
+        with torch.autocast(x.device.type, enabled=False):  # float32, so that it sums to one
             return self.gate(self.gate_linear(pooled.to(self.gate_linear.weight.dtype)))
 
     def forward(self, x):
@@ -128,8 +128,9 @@ class Backbone(nn.Sequential):
 class Classifier(nn.Sequential):
     """Pool, then `fc` linear layers with ReLU and dropout after each hidden one; `logit_scale`
     times what comes out: (N, in_channels, size, size) -> logits (N, classes). `pool` is "adaptive",
-    AdaptiveAvgPool2d(8), an 8x8 grid; "avg", AvgPool2d(8), a 4x4 grid of 32x32, where a size below
-    8 replaces the 8; or "max", the largest of the whole image."""
+    the means of cells of size // 8 pixels, of 32x32 as AdaptiveAvgPool2d(8) an 8x8 grid; "avg",
+    AvgPool2d(8), a 4x4 grid of 32x32, where a size below 8 replaces the 8; or "max", the largest of
+    the whole image."""
 
     def __init__(self, in_channels, size, classes, pool, fc, hidden, dropout, logit_scale):
         # AdaptiveAvgPool2d(8) averages cells, of 4x4 pixels of 32x32. Pool does so faster.
@@ -198,7 +199,7 @@ def predict(model, batches, amp):
 
 def count_macs(model):
     """Return the multiply-accumulates of an image's forward pass, all k convolutions and their
-    weighting included, without normalisation and pooling."""
+    weighting (as many as biases) included, without normalisation and pooling."""
     size, macs = model.backbone.in_size, 0
     if hasattr(model, "whitening"):
         macs += size**2 * model.whitening[0].weight.numel()

@@ -42,7 +42,7 @@ from device import (
     set_up_device,
 )
 from history import harden_output, to_path
-from model import DEFAULTS, GATES, build_model, predict
+from model import DEFAULTS, GATES, IMAGE_SIZE, WHITENING, build_model, predict
 from run import (
     Run,
     claim,
@@ -55,7 +55,6 @@ from run import (
 )
 
 OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}
-MOST_HALVINGS = 5  # 32x32 to a single pixel
 
 
 def train(args, command, saved):
@@ -135,7 +134,7 @@ def refuse_single_images(args, images, device):
     normalise: one image, halved to one pixel. On CPUs each process normalises its own share."""
     least = 2 * WORLD_SIZE if device.type == "cpu" else 2
     last = images % args.batch_size or args.batch_size
-    one_pixel = len(set(args.downsample)) == MOST_HALVINGS
+    one_pixel = len(set(args.downsample)) == most_halvings(args)
     if args.norm == "batch" and one_pixel and last < least:
         raise ValueError(
             f"--batch-size {args.batch_size}: the last batch of {images} images has {last}, and "
@@ -143,9 +142,15 @@ def refuse_single_images(args, images, device):
         )
 
 
+def most_halvings(args):
+    """Return how often the images can be halved, to a single pixel."""
+    size = IMAGE_SIZE - (WHITENING - 1 if args.whiten else 0)
+    return size.bit_length() - 1
+
+
 def make_model(args, train_set, device, precision):
-    """Return the network of the options, initialised from the seed and, to whiten them, the first
-    images, on the device."""
+    """Return the network of the options, initialised from the seed, on the device. --whiten is
+    fitted to the first images."""
     torch.manual_seed(args.seed)
     model = build_model(vars(args), len(train_set.classes))
     if args.whiten:
@@ -272,12 +277,12 @@ def refuse_contradictions(args, parser):
         parser.error(f"--name {name!r} becomes part of file names; --out takes the folder")
     if args.resume and args.overwrite:
         parser.error("--resume goes on with a run and --overwrite replaces it: give one of them")
-    halving, blocks = set(args.downsample), len(args.arch)
-    if len(halving) > MOST_HALVINGS or max(halving, default=0) > blocks:
+    halving, blocks, most = set(args.downsample), len(args.arch), most_halvings(args)
+    if len(halving) > most or max(halving, default=0) > blocks:
         numbers = " ".join(map(str, args.downsample))
         parser.error(
-            f"--downsample {numbers}: --arch has blocks 1 to {blocks}, at most {MOST_HALVINGS} of "
-            "which can halve the images"
+            f"--downsample {numbers}: --arch has blocks 1 to {blocks}, at most {most} of which "
+            "can halve the images"
         )
     if args.batch_size % WORLD_SIZE:
         parser.error(

@@ -30,6 +30,7 @@ USAGE |= {
     "--optimizer sgd --momentum 0 --nesterov": "Nesterov momentum requires a momentum",
     "--downsample 3": "--downsample 3: --arch has blocks 1 to 2",
     "--arch 4 4 4 4 4 4 --downsample 1 2 3 4 5 6": "at most 5 of which can halve the images",
+    "--arch 4 4 4 4 4 --downsample 1 2 3 4 5 --whiten": "at most 4 of which can halve the images",
     "--name a/b": "--name 'a/b'",
     "--name=": "--name ''",
     "--out=": "--out: it is empty",
@@ -40,6 +41,7 @@ USAGE |= {
     "--hold 500": "unrecognized arguments: --hold",
 }
 HALVED = "--arch 4 4 4 4 4 --downsample 1 2 3 4 5 --norm batch"  # to one pixel
+WHITENED = "--arch 4 4 4 4 --downsample 1 2 3 4 --norm batch --whiten"  # from 31 pixels
 FAILURES = {
     "--device cuda:99": "--device cuda:99 does not work here",
     "--device meta": "--device meta does not work here",
@@ -54,6 +56,7 @@ FAILURES = {
     "--out FILE": "FILE",
     f"{HALVED} --limit 97": "--batch-size 32: the last batch of 97 images has 1, and --norm batch",
     f"{HALVED} --batch-size 1": "--batch-size 1: the last batch",
+    f"{WHITENED} --limit 97": "--batch-size 32: the last batch of 97 images has 1",
     "--arch 2000000000 2000000000": "a smaller network",
 }
 WRONG = [(2, *usage) for usage in USAGE.items()] + [(1, *failure) for failure in FAILURES.items()]

@@ -97,6 +97,14 @@ def test_the_named_blocks_halve_the_images():
     assert model.backbone.size == 8
 
 
+@pytest.mark.parametrize("size, cell", [(31, 3), (15, 1)])
+def test_after_the_whitening_the_classifier_pools_by_cells(size, cell):
+    options = {"arch": [4], "fc": 1, "whiten": True, "downsample": [1] if size == 15 else []}
+    pool = build_model(options).classifier[0]
+    maps = torch.randn(2, 4, size, size)
+    torch.testing.assert_close(pool(maps), F.avg_pool2d(maps, cell))
+
+
 @pytest.mark.parametrize("halvings, size", [(0, 32), (1, 16), (2, 8), (4, 2), (5, 1)])
 def test_the_classifier_pools_maps_of_any_size(halvings, size):
     for pool, grid in (("adaptive", min(8, size)), ("avg", size // min(8, size)), ("max", 1)):
