@@ -101,7 +101,7 @@ def list_pictures(runs, rows, args):
         if "test" in run:
             what = run["test"], one_title or run["name"]
             yield run["path"], f"{run['name']}-test", draw_test, *what
-            if run["test"]["gates"] or args.blocks:  # k = 1 has none
+            if run["test"].get("gates") or args.blocks:  # k = 1 has none
                 yield run["path"], f"{run['name']}-gates", draw_gates, *what, args.blocks
     if len(rows) > 1:
         compared = rows, args.title or "", args.minutes
@@ -150,16 +150,21 @@ def name_less_seed(run):
 
 def name_row(row):
     """Return what a row is called: its first run's name, less the seed of several runs."""
-    return name_less_seed(row[0]) if len(row) > 1 else row[0]["name"]
+    return name_less_seed(row[0]) + row[0].get("seeds", "") if len(row) > 1 else row[0]["name"]
 
 
 def name_apart(rows):
-    """Put their folders before the names of rows that are called alike."""
+    """Put their folders before the names of rows that are called alike, and their seeds behind
+    those of one folder."""
     names = Counter(map(name_row, rows))
     for row in rows:
         if names[name_row(row)] > 1:
             for run in row:
                 run["name"] = str(run["folder"] / run["name"])
+    names = Counter(map(name_row, rows))
+    for row in rows:
+        if names[name_row(row)] > 1:
+            row[0]["seeds"] = f"-seeds{'-'.join(str(get_seed(run)) for run in row)}"
 
 
 def reported_accuracies(row):
@@ -173,6 +178,11 @@ def last_accuracies(row):
     if all("test" in run for run in row):
         return [run["test"]["accuracy"] for run in row]
     return [run["epochs"][-1]["val_accuracy"] for run in row]
+
+
+def is_held_out(row):
+    """Whether what last_accuracies gives is of images held out of training."""
+    return bool(row[0]["config"].get("holdout")) and not all("test" in run for run in row)
 
 
 def note_unfinished(row):
@@ -211,7 +221,7 @@ def describe_results(row):
     result, difference = f"{mean:.2f} %", ", ".join(f"{mean - x:+.2f}" for x in reported)
     if len(values) > 1:
         result += f" ± {statistics.stdev(values):.2f} (n = {len(values)})"
-    if row[0]["config"].get("holdout") and not all("test" in run for run in row):
+    if is_held_out(row):
         result, difference = f"{result} on held-out images", ""
     seconds = statistics.fmean(sum(e["seconds"] for e in run["epochs"]) for run in row)
     return [*cells, result + note_unfinished(row), difference, f"{seconds:,.1f}"]
@@ -295,7 +305,9 @@ def draw_batches(axes, batch_losses):
 def draw_comparison(rows, title, minutes=False):
     """Return a Figure of all rows: reported beside measured accuracy, accuracy over the epochs or
     the minutes."""
-    names = [textwrap.fill(name_row(row) + note_unfinished(row), 36) for row in rows]
+    notes = [" (held out)" if is_held_out(row) else "" for row in rows]
+    names = [name_row(row) + note + note_unfinished(row) for row, note in zip(rows, notes)]
+    names = [textwrap.fill(name, 36) for name in names]
     lines = sum(name.count("\n") + 1 for name in names)
     heights = 1.2 + 0.2 * lines, max(3, 0.4 + 0.15 * lines)
     figure = start_figure(title, sum(heights))
@@ -317,12 +329,13 @@ def draw_comparison(rows, title, minutes=False):
 
 
 def draw_dots(axes, rows, names):
-    """Draw reported and measured accuracy of each row as dots; several seeds as ticks on a line."""
+    """Draw reported and measured accuracy of each row as dots, of a held-out one only the latter;
+    several seeds as ticks on a line."""
     for place, row in enumerate(rows):
         values = last_accuracies(row)
         if len(values) > 1:
             axes.plot(sorted(values), [place] * len(values), "|-", color=BLUE, label="seeds")
-        for reported in reported_accuracies(row):
+        for reported in [] if is_held_out(row) else reported_accuracies(row):
             ring = {"fillstyle": "none", "markersize": 9, "markeredgewidth": 1.5}
             axes.plot(reported, place, "o", color=ORANGE, label="reported", **ring)
         mean = statistics.fmean(values)

@@ -141,9 +141,12 @@ def test_the_comparison_shows_reported_and_measured_accuracy_of_each_row(history
     shown = {(line.get_label(), *line.get_xdata()[:1]) for line in dots.lines}
     assert {("reported", 61.0), ("measured", 45.0), ("measured", 70.0)} <= shown
     assert values(curves) == {"row4": [15, 30, 45], "wide": [15, 30, 70]}
-    rows[1][0]["finished"] = False
+    rows[0][0]["config"]["holdout"], rows[1][0]["finished"] = 5000, False
     dots, _ = plot.draw_comparison(rows, "").axes
-    assert dots.get_yticklabels()[1].get_text() == "wide (unfinished, epoch 3 of 3)"
+    names = [label.get_text() for label in dots.get_yticklabels()]
+    assert names == ["row4 (held out)", "wide (unfinished, epoch 3 of 3)"]
+    rings = [list(line.get_ydata()) for line in dots.lines if line.get_label() == "reported"]
+    assert rings == [[1]]  # what the report tested is compared with tests alone
 
 
 def test_every_row_of_the_comparison_is_in_its_legend(history):
@@ -381,6 +384,37 @@ def test_rows_that_are_called_alike_have_their_folders_before_their_names(histor
     lines = (tmp_path / "results.md").read_text().splitlines()
     names = [line.split("|")[1].strip() for line in lines[2:]]
     assert names == [f"{tmp_path}/a/row4", f"{tmp_path}/b/row4", "wide"]
+
+
+def test_rows_of_a_folder_that_are_called_alike_have_their_seeds_behind_their_names(
+    history, tmp_path
+):
+    first = save_seeds(tmp_path, history, 0)
+    short = save(
+        tmp_path, *(changed(history, f"row4-seed{seed}", seed=seed, epochs=2) for seed in (1, 2))
+    )
+    assert draw(*first, *short) == 0
+    lines = (tmp_path / "results.md").read_text().splitlines()
+    names = [line.split("|")[1].strip() for line in lines[2:]]
+    assert names == [f"{tmp_path}/row4", f"{tmp_path}/row4-seeds1-2"]
+    assert pictures(tmp_path) == ["comparison.png", "row4-seeds1-2.png", "row4.png"]
+
+
+@pytest.mark.parametrize("lacking", ["seconds", "val_accuracy", "val_loss"])
+def test_a_history_that_lacks_a_metric_is_refused_and_the_others_are_drawn(
+    history, tmp_path, lacking
+):
+    cut = changed(history, "cut")
+    del cut["epochs"][0][lacking]
+    paths = save(tmp_path, history, cut)
+    assert f"{paths[1]} is not a history that train.py wrote" in draw(*paths)
+    assert pictures(tmp_path) == ["row4.png"]
+
+
+def test_a_test_without_gates_is_drawn_without_them(history, tmp_path, test):
+    del test["gates"]
+    assert draw(*save(tmp_path, history | {"test": test})) == 0
+    assert pictures(tmp_path) == ["row4-test.png", "row4.png"]
 
 
 def test_a_seed_trained_today_joins_its_published_row(history, tmp_path):
