@@ -17,6 +17,7 @@ import os
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from statistics import median
 
@@ -28,7 +29,7 @@ import fast
 import textbook
 import train
 from data import Dataset
-from device import autocast, choose_precision, set_up_device
+from device import autocast, choose_precision, explain_out_of_memory, set_up_device
 from history import harden_output, to_path, write_history
 from model import Block
 from run import describe_environment
@@ -248,11 +249,15 @@ def main(argv=None):
                 workers = [stack.enter_context(ProcessPoolExecutor(1, context)) for _ in most]
                 for what, forms in PARTS[part](device, precision):
                     report["results"].append(compare(what, forms, workers))
-        if args.json:
-            args.json.parent.mkdir(parents=True, exist_ok=True)
-            write_history(args.json, report)
-    except (OSError, ValueError) as error:
+                    if args.json:
+                        args.json.parent.mkdir(parents=True, exist_ok=True)
+                        write_history(args.json, report)
+    except (OSError, ValueError, BrokenProcessPool) as error:  # the last where Linux ends a worker
         sys.exit(f"bench.py: error: {error}")
+    except (RuntimeError, MemoryError) as error:
+        if reason := explain_out_of_memory(error):
+            sys.exit(f"bench.py: error: {reason}: free some memory")
+        raise
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -6,6 +6,7 @@ A checkpoint is a dict: `config`, the options of its run; `precision`; `history`
 and, as long as the run can go on, `state`.
 """
 
+import functools
 import zipfile
 from pathlib import Path
 
@@ -20,10 +21,12 @@ FORMAT = "gated multi-convolution checkpoint 5"
 PARTS = {"config", "precision", "history", "weights"}
 
 
-def write_checkpoint(path, checkpoint):
-    """Save a dict of tensors and plain values. OSError if that fails; what was there stays."""
+def write_checkpoint(path, checkpoint, stale=None):
+    """Save a dict of tensors and plain values; a file `stale` then goes. OSError if that fails;
+    what was there stays."""
     try:
-        write_atomically(path, lambda file: torch.save({"format": FORMAT} | checkpoint, file))
+        save = functools.partial(torch.save, {"format": FORMAT} | checkpoint)
+        write_atomically(path, save, stale)
     except RuntimeError as error:  # so torch.save reports a failed write
         reason = str(error.__context__ or error).partition("\n")[0]
         raise OSError(f"{path}: {reason}") from error

@@ -14,6 +14,7 @@ those after the first 20 in runs/final-predictions-2.png and so on.
 
 import argparse
 import contextlib
+import os
 import sys
 from pathlib import Path
 
@@ -50,14 +51,15 @@ VIEWS = ((0, True, 2), (1, False, 1), (1, True, 1), (-1, False, 1), (-1, True, 1
 def evaluate(path, args):
     """Test a checkpoint: print its metrics, add them to its history, draw errors."""
     folder = args.out or path.parent
-    if args.once and (history := find_history(path, folder)):
+    history = find_history(path, folder)  # is refused now: a test can take minutes
+    if args.once and history:
         if "test" in history or history["config"].get("holdout") or not history["finished"]:
             return
     if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)  # now: a test can take minutes
+        args.out.mkdir(parents=True, exist_ok=True)  # so is this
     model, device, amp = open_checkpoint(path, args)
     of_training = Path(model.config["data_dir"])
-    data_dir = args.data_dir or (of_training if of_training.is_dir() else "data")
+    data_dir = args.data_dir or (of_training if os.path.isdir(of_training) else "data")
     images = load(model.config["dataset"], data_dir, train=False)
     batches = list(images.to(device).batches())
     metrics = measure(model, batches, amp, images.classes, args.tta)

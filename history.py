@@ -22,6 +22,7 @@ try:
 except ImportError:  # Windows: there, two runs of one name are not kept apart
     fcntl = None
 
+METRICS = "train_loss", "train_accuracy", "val_loss", "val_accuracy", "seconds"  # of every epoch
 # Options that do not change what a run computes: they may differ when it is resumed.
 NOT_HYPERPARAMETERS = set("data_dir name out device mix compile resume overwrite reported".split())
 # Options that some histories do not know, since they came later, or train.py no longer knows, and
@@ -45,7 +46,7 @@ def read_history(path):
         numbers = [history["parameters"], history["config"].get("seed", 0)]
         numbers += history["reported"] + history["batch_losses"]
         for epoch in [] + history["epochs"]:  # a list, no dict
-            numbers += [epoch["train_loss"], epoch["train_accuracy"], *epoch.values()]
+            numbers += [epoch[name] for name in METRICS] + list(epoch.values())
         numbers += [history["test"]["accuracy"]] if "test" in history else []
         if not all(map(math.isfinite, numbers)):
             raise ValueError("a number is infinite")
@@ -69,15 +70,18 @@ def write_history(path, history):
     write_atomically(path, lambda file: file.write(f"{{\n{lines}\n}}\n".encode()))
 
 
-def write_atomically(path, write):
-    """Let write(file) fill a file beside `path`, then rename it: readers see the old or the new.
-    OSError, which names `path`, leaves what was there in place."""
+def write_atomically(path, write, stale=None):
+    """Let write(file) fill a file beside `path`, then rename it: readers see the old or the new. A
+    file `stale` goes just before that, so that it never lies beside the new. OSError, which names
+    `path`, leaves what was there in place."""
     part = Path(f"{path}.{os.getpid()}.part")  # another process may be writing the same file
     try:
         with open(part, "wb") as file:
             write(file)
             file.flush()
             flush_to_disk(file)
+        if stale:
+            stale.unlink(missing_ok=True)
         os.replace(part, path)
     except BaseException as error:
         with contextlib.suppress(OSError):  # of a read-only disk, say; the first error counts
@@ -137,7 +141,7 @@ def expand_patterns(paths):
 
 
 def _matches(path):
-    found = [] if path.exists() else sorted(map(Path, glob.glob(str(path))))
+    found = [] if os.path.exists(path) else sorted(map(Path, glob.glob(str(path))))
     return found or [path]
 
 
@@ -145,7 +149,8 @@ class _Output:
     """A text stream whose writes never fail: what nobody can read any more is dropped."""
 
     def __init__(self, stream):
-        stream.reconfigure(errors="backslashreplace", line_buffering=True)
+        if hasattr(stream, "reconfigure"):  # a notebook's or IDLE's has no encoding
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)
         self.stream = stream
 
     def write(self, text):

@@ -32,7 +32,9 @@ from device import RANK, WORLD_SIZE, all_reduce, barrier, leave
 from history import hyperparameters, lock, read_history, write_history
 
 SAVE_SECONDS = 60  # from one saved state to the next, or 40 times what saving takes
-STOPS = signal.SIGINT, signal.SIGTERM  # the signals that save a run and end it
+STOPS = [signal.SIGINT, signal.SIGTERM]  # the signals that save a run and end it
+if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+    STOPS.append(signal.SIGHUP)  # the terminal is closed; nohup has it ignored
 LOOK_EVERY = 16  # batches, where reading a loss makes the CPU wait for the device
 HEADER = "  epoch        lr  train loss  acc. %    val loss  acc. %  seconds  images/s"
 
@@ -42,10 +44,10 @@ class Run:
     alone writes. `position` is the epoch and the step that it goes on with."""
 
     def __init__(self, args, command, saved, images, info, model, optimizer):
-        """Restore what was saved, or write the first files; say what is trained, and where. SIGINT
-        and SIGTERM stop the run from here on. `command` are the words that began it, `saved` is
-        what find_checkpoint gave, and is emptied, `images` how many an epoch has, `info` what the
-        history is to say of the run."""
+        """Restore what was saved, or write the first files; say what is trained, and where. The
+        signals in STOPS stop the run from here on. `command` are the words that began it, `saved`
+        is what find_checkpoint gave, and is emptied, `images` how many an epoch has, `info` what
+        the history is to say of the run."""
         self.args, self.command = args, command
         self.model, self.optimizer = model, optimizer
         self.checkpoint_path = args.out / f"{args.name}.pt"
@@ -68,9 +70,8 @@ class Run:
             signal.signal(number, self._on_signal)
         barrier()  # until all processes have read the existing files
         if not saved and RANK == 0:
-            # First, so that a kill never leaves files of two runs.
-            self.history_path.unlink(missing_ok=True)
-            self._write_checkpoint()
+            # With the old history, so that a kill never leaves files of two runs.
+            self._write_checkpoint(stale=self.history_path)
         self._write_history()
         where = info["environment"]
         print0(f"{info['parameters']:,} parameters, {info['macs']:,} multiply-accumulates an image")
@@ -147,7 +148,9 @@ class Run:
             device = next(self.model.parameters()).device
             for name, values in saved["state"]["metrics"].items():
                 self.metrics[name] = list(values.to(device).unbind())
-            self.lr, self.began = saved["state"]["lr"], self.began - saved["state"]["seconds"]
+            self.lr, seconds = saved["state"]["lr"], saved["state"]["seconds"]
+            self.began -= seconds
+            self.trained_at = self.began + saved["state"].get("training_seconds", seconds)
             saved.clear()  # its memory is needed
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             what = f"{self.checkpoint_path} is of another run ({explain(error)})"
@@ -157,7 +160,7 @@ class Run:
         if RANK == 0:
             write_history(self.history_path, self.history)
 
-    def _write_checkpoint(self, resumable=True):
+    def _write_checkpoint(self, resumable=True, stale=None):
         # evaluate.py looks for the images where training had them, from whatever folder.
         place = {"data_dir": str(self.args.data_dir.absolute())}
         checkpoint = {
@@ -170,7 +173,8 @@ class Run:
             metrics = {name: torch.stack(values).cpu() for name, values in self.metrics.items()}
             checkpoint["state"] = {"optimizer": self.optimizer.state_dict(), "metrics": metrics}
             checkpoint["state"] |= {"lr": self.lr, "seconds": time.monotonic() - self.began}
-        write_checkpoint(self.checkpoint_path, checkpoint)
+            checkpoint["state"]["training_seconds"] = self.trained_at - self.began
+        write_checkpoint(self.checkpoint_path, checkpoint, stale)
 
     def _on_signal(self, number, frame):
         self.stop_signal = number
@@ -303,8 +307,9 @@ def claim(out, name):
             lock(file)
         except BlockingIOError as error:
             raise ValueError(f"another process is training {out / name}") from error
-        for part in out.glob(f"{glob.escape(name)}.pt.*.part"):  # what a killed run was writing
-            part.unlink()
+        for suffix in (".pt", ".json"):
+            for part in out.glob(f"{glob.escape(name)}{suffix}.*.part"):
+                part.unlink()
         yield
 
 
@@ -367,7 +372,8 @@ def format_command(words):
     """Return a command line of this process as it is typed."""
     processes = os.environ.get("LOCAL_WORLD_SIZE", "1")
     torchrun = ["torchrun", "--standalone", f"--nproc-per-node={processes}"]
-    return shlex.join([*(torchrun if WORLD_SIZE > 1 else ["python"]), *words])
+    words = [*(torchrun if WORLD_SIZE > 1 else ["python"]), *words]
+    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 
 def format_epoch(epoch, epochs):

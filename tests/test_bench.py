@@ -84,6 +84,23 @@ def test_all_parts_are_timed_printed_and_kept_as_json(monkeypatch, capsys, tmp_p
         assert all(name in printed for name in (result["what"], *result["seconds"]))
 
 
+def test_too_little_memory_is_a_line_and_what_was_measured_is_kept(monkeypatch, refused, tmp_path):
+    results = iter([{"what": "a block", "seconds": {}}])
+
+    def measure_or_fail(*_):
+        for result in results:
+            return result
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(bench, "compare", measure_or_fail)
+    monkeypatch.setattr(bench, "ProcessPoolExecutor", lambda count, _: ThreadPoolExecutor(count))
+    line = refused(bench.main, ["--only", "form", "--json", str(tmp_path / "cpu.json")])
+    assert line.startswith("bench.py: error: DefaultCPUAllocator: can't allocate memory")
+    assert json.loads((tmp_path / "cpu.json").read_text())["results"] == [
+        {"what": "a block", "seconds": {}}
+    ]
+
+
 BEST = "--arch 4 4 8 --fc 1 --norm batch --downsample 2 --whiten --init dirac"
 
 

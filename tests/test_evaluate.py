@@ -19,7 +19,7 @@ import evaluate
 import fast
 import gallery
 import train
-from checkpoint import load_checkpoint, load_model
+from checkpoint import load_checkpoint, load_model, write_checkpoint
 from history import hyperparameters, read_history, write_history
 from model import Block, build_model
 
@@ -127,13 +127,24 @@ def test_a_test_in_another_folder_is_known_there(checkpoint, evaluated, tmp_path
 
 
 @pytest.mark.parametrize("options", [[], ["--once"]])
-def test_the_history_of_another_training_is_not_replaced(checkpoint, evaluated, refused, options):
+def test_the_history_of_another_training_is_not_replaced(
+    checkpoint, evaluated, refused, monkeypatch, options
+):
     other = checkpoint.parent / "out" / "run.json"
     other.parent.mkdir()
     write_history(other, changed(evaluated.history, "run", 12.5))
     before, options = other.read_bytes(), [*options, "--out", str(other.parent)]
+    monkeypatch.setattr(evaluate, "measure", None)  # which takes minutes: refused before
     assert f"{other} is of another training" in refused(evaluate.main, [str(checkpoint), *options])
     assert other.read_bytes() == before
+
+
+def test_images_that_cannot_be_looked_for_where_training_had_them_are_in_data(evaluated, tmp_path):
+    saved = load_checkpoint(evaluated.folder / "run.pt")
+    saved["config"]["data_dir"] = "a" * 300  # or another user's: such a question fails, too
+    write_checkpoint(tmp_path / "run.pt", saved)
+    evaluate.main([str(tmp_path / "run.pt")])
+    assert (tmp_path / "run-wrong.png").exists()
 
 
 def test_two_checkpoints_of_one_name_do_not_go_to_one_folder(refused):

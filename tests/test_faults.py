@@ -19,7 +19,7 @@ import run as run_module
 import train
 from checkpoint import load_checkpoint
 from history import read_history
-from run import claim
+from run import claim, format_command
 
 OPTIONS = [*TINY, *"--name run --limit 120 --batch-size 8 --epochs 3 --augment crop flip".split()]
 
@@ -88,19 +88,26 @@ def test_a_killed_run_goes_on_to_the_same_end(whole, tmp_path, number):
     assert ending(tmp_path) == expected
 
 
-@pytest.mark.parametrize("kind, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_saves_the_state_and_says_how_to_go_on(whole, tmp_path, kind, code):
+@pytest.mark.parametrize("kind", run_module.STOPS)  # SIGHUP, too, unless nohup runs the tests
+def test_a_signal_saves_the_state_and_says_how_to_go_on(whole, tmp_path, kind):
     process = start(tmp_path, "--name", "run", "--overwrite", save_seconds=1000)
     while not (tmp_path / "run.json").exists():
         time.sleep(0.01)
     os.kill(process.pid, kind)
-    assert finish(process) == code
+    assert finish(process) == 128 + kind
     (line,) = (tmp_path / "stderr").read_text().splitlines()
     words = [*OPTIONS, "--out", str(tmp_path), "--name", "run", "--resume"]
     assert line == f"train.py: {kind.name}: go on with python train.py {shlex.join(words)}"
     assert "state" in load_checkpoint(tmp_path / "run.pt")
     assert finish(start(tmp_path, "--resume")) == 0
     assert ending(tmp_path) == whole[0]
+
+
+def test_the_command_that_goes_on_is_in_windows_words_there(monkeypatch):
+    words = [r".\train.py", "--out", r"C:\my runs"]
+    assert format_command(words) == r"python '.\train.py' --out 'C:\my runs'"
+    monkeypatch.setattr(os, "name", "nt")
+    assert format_command(words) == r'python .\train.py --out "C:\my runs"'
 
 
 def test_a_disk_too_full_for_what_resuming_needs_does_not_stop_a_run(whole, tmp_path):
@@ -134,6 +141,16 @@ def test_a_disk_too_full_for_the_history_stops_a_run_and_the_last_one_stays(whol
     assert line == f"train.py: error: [Errno 27] File too large: '{tmp_path / 'run.json'}'"
     assert len(read_history(tmp_path / "run.json")["epochs"]) >= 1
     assert set(files(tmp_path)) == {"run.json", "run.pt", "stderr"}
+
+
+def test_a_disk_too_full_for_an_overwrite_leaves_everything(run, tmp_path, monkeypatch):
+    run()
+    before = files(tmp_path)
+    full = Mock(side_effect=OSError(errno.ENOSPC, "No space left"))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        assert "No space left: " in ended(run, "--overwrite")
+    assert files(tmp_path) == before
 
 
 def test_a_disk_that_is_full_from_the_start_lets_no_run_begin(tmp_path):

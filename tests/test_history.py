@@ -3,6 +3,7 @@ import json
 import re
 import shlex
 import sys
+from unittest.mock import Mock
 
 import pytest
 from conftest import ROOT
@@ -49,6 +50,16 @@ def test_characters_that_the_outputs_encoding_lacks_are_escaped(monkeypatch):
     assert bytes_out.getvalue() == b"a.jpg \xb1 \\u732b.jpg \\udcff\n"
 
 
+def test_a_notebooks_output_will_do(monkeypatch):
+    class Output(io.TextIOBase):  # has no reconfigure, nor have ipykernel's and IDLE's
+        write = Mock()
+
+    monkeypatch.setattr(sys, "stdout", Output())
+    harden_output()
+    print("a line")
+    Output.write.assert_any_call("a line")
+
+
 def test_what_nobody_can_read_any_more_is_dropped(monkeypatch):
     monkeypatch.setattr(sys, "stdout", open("/dev/full", "w"))  # every write to it fails
     harden_output()
@@ -60,7 +71,8 @@ def test_what_nobody_can_read_any_more_is_dropped(monkeypatch):
 def test_patterns_that_a_shell_left_are_expanded(tmp_path):
     for name in ("b.json", "a.json", "c[1].json", "a.png"):
         (tmp_path / name).touch()
-    named = [tmp_path / "gone.json", tmp_path / "c[1].json"]
+    too_long = tmp_path / ("a" * 300)  # for a question to its file system
+    named = [tmp_path / "gone.json", tmp_path / "c[1].json", too_long]
     assert expand_patterns([tmp_path / "[ab].json", *named]) == [
         tmp_path / "a.json",
         tmp_path / "b.json",

@@ -1,5 +1,6 @@
 import os
 import signal
+import time
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -36,6 +37,21 @@ def test_an_interrupted_run_goes_on_to_the_same_end(run, stop, tmp_path, options
     assert ending(tmp_path) == whole
     longer = resumed["config"]["schedule"] == "none"  # may be asked for
     assert ("state" in load_checkpoint(tmp_path / "run.pt")) == longer
+
+
+def test_a_validation_in_which_a_run_was_stopped_does_not_count_as_training(run, monkeypatch):
+    clock, passed = time.monotonic, [0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock() + sum(passed))
+
+    def stop_after_an_hour():
+        passed.append(3600)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with at_batch(6, stop_after_an_hour):
+        assert ended(run) == 128 + 15
+    first, *_ = run("--resume")["epochs"]
+    assert first["seconds"] > 3600
+    assert first["images_per_second"] > 1
 
 
 @pytest.mark.parametrize("layouts", [LAYOUTS, LAYOUTS[::-1]], ids=str)
@@ -222,7 +238,7 @@ def test_a_kill_at_the_very_end_repeats_nothing(run, kill, tmp_path):
 
 
 def test_a_killed_runs_half_written_files_go_with_the_next_start(run, tmp_path):
-    for name in ("run.pt.123.part", "run.other.pt.123.part"):
+    for name in ("run.pt.123.part", "run.json.123.part", "run.other.pt.123.part"):
         (tmp_path / name).touch()
     run()
     assert set(files(tmp_path)) == {"run.json", "run.other.pt.123.part", "run.pt"}
