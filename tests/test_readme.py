@@ -33,8 +33,9 @@ TEXT = unwrap("README.md")
 
 
 def as_published(accuracies):
-    mean = f"{fmean(accuracies):.2f} %"
-    return mean if len(accuracies) == 1 else f"{mean} ± {statistics.stdev(accuracies):.2f}"
+    if len(accuracies) < 3:  # too few for a spread
+        return ", ".join(f"{accuracy:.2f}" for accuracy in accuracies) + " %"
+    return f"{fmean(accuracies):.2f} % ± {statistics.stdev(accuracies):.2f}"
 
 
 def read(pattern):
@@ -335,7 +336,7 @@ def test_the_findings_have_the_figures_of_the_claims():
     assert "Of its nine claims six hold, one does not, two are undecided" in TEXT
 
 
-@pytest.mark.parametrize("row, seeds", [("quick", 3), ("quick-k1", 3), ("best", 1), ("best-k1", 1)])
+@pytest.mark.parametrize("row, seeds", [("quick", 3), ("quick-k1", 3), ("best", 1), ("best-k1", 2)])
 def test_the_readme_has_the_figures_of_the_recipe(row, seeds):
     runs = read_seeds(f"best/{row}")
     assert len(runs) == seeds
@@ -344,7 +345,8 @@ def test_the_readme_has_the_figures_of_the_recipe(row, seeds):
     figures.append(f"{minutes(runs[0]):.0f} min")
     (line,) = (line for line in README.splitlines() if line.startswith(f"| `{row}`"))
     assert " | ".join(["", *figures, ""]) in line
-    assert (", one seed |" in line) == (seeds == 1)
+    said = {1: ", one seed |", 2: ", two seeds |", 3: " |"}
+    assert said[seeds] in line and ("seed" in line) == (seeds < 3)
 
 
 def test_the_same_blocks_reach_what_best_does():
@@ -361,25 +363,34 @@ def test_the_same_blocks_reach_what_best_does():
 
 
 def test_gates_gain_little_at_equal_epochs_for_twice_the_minutes():
-    gains = []
-    for name, seeds in (("best", 1), ("quick", 3)):
+    by_six = {}
+    for name in ("best", "quick"):
         gated, plain = read_seeds(f"best/{name}"), read_seeds(f"best/{name}-k1")
-        assert len(gated) == len(plain) == seeds
         assert minutes(plain[0]) < 0.5 * minutes(gated[0])
-        means = [fmean(accuracies_by_views(runs)) for runs in (gated, plain)]
-        gains.append(f"{means[0] - means[1]:.1f}")
-    best, quick = gains
-    assert f"ends {best} points lower by six views of each image (`best-k1`, one seed" in TEXT
-    assert f"`quick-k1`, three seeds, {quick} points)" in TEXT
-    assert f"end {best} to {quick} points lower by six views, in less than half of the" in TEXT
+        by_six[name] = [accuracies_by_views(runs) for runs in (gated, plain)]
+    gated, plain = by_six["quick"]
+    gain = f"{fmean(gated) - fmean(plain):.1f}"
+    assert f"Without them `quick` ends {gain} points lower by six views" in TEXT
+    assert f"`quick-k1` ends {gain} points below `quick`, three seeds each" in TEXT
+    (gated,), (lower, higher) = by_six["best"]
+    assert lower < gated < higher and "one seed of `best` lower and one higher" in TEXT
+    assert f"at {lower:.2f} and {higher:.2f} %, `best`, one seed, at {gated:.2f} %" in TEXT
+
+
+def test_a_zen_4_takes_as_long_as_is_said():
+    first, second = read_seeds("best/best-k1")
+    assert f"(`best-k1` takes {minutes(second):.0f} on a Zen 4)" in TEXT
+    took = f"{minutes(first):.0f} minutes; {minutes(second):.0f} minutes"
+    assert f"Xeon with AMX; Zen 4 | {took} |" in (ROOT / "docs/speed.md").read_text()
 
 
 def test_where_the_limit_is_is_what_best_says():
-    (gated,), (plain,) = read_seeds("best/best"), read_seeds("best/best-k1")
+    (gated,), (plain, second) = read_seeds("best/best"), read_seeds("best/best-k1")
     page = unwrap("docs/recipe.md")
     for run in (gated, plain):
         (by_views,) = accuracies_by_views([run])
         assert f"ends at {by_views:.2f} % after {minutes(run):.0f} minutes" in page
+    assert f"a second seed at {accuracies_by_views([second])[0]:.2f} %" in page
     assert f"{gated['epochs'][-1]['train_accuracy']:.1f} % of the training images are right" in page
     folders = ("best", "controls", "settings", "held-out", "search")
     took = sum(minutes(run) for folder in folders for run in read(f"results/{folder}/*.json"))
