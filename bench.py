@@ -238,6 +238,8 @@ def main(argv=None):
     args = parse_args(argv)
     try:
         device = set_up_device(args.device)
+        if args.json:
+            args.json.parent.mkdir(parents=True, exist_ok=True)
         os.environ.pop("THP_MEM_ALLOC_ENABLE", None)  # of keep_memory: not for textbook forms
         precision = choose_precision(device)
         report = describe_environment(device, precision)
@@ -250,7 +252,6 @@ def main(argv=None):
                 for what, forms in PARTS[part](device, precision):
                     report["results"].append(compare(what, forms, workers))
                     if args.json:
-                        args.json.parent.mkdir(parents=True, exist_ok=True)
                         write_history(args.json, report)
     except (OSError, ValueError, BrokenProcessPool) as error:  # the last where Linux ends a worker
         sys.exit(f"bench.py: error: {error}")

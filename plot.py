@@ -156,15 +156,17 @@ def name_row(row):
 def name_apart(rows):
     """Put their folders before the names of rows that are called alike, and their seeds behind
     those of one folder."""
+    for row in called_alike(rows):
+        for run in row:
+            run["name"] = str(run["folder"] / run["name"])
+    for row in called_alike(rows):
+        row[0]["seeds"] = f"-seeds{'-'.join(str(get_seed(run)) for run in row)}"
+
+
+def called_alike(rows):
+    """Return the rows that are called as another one is."""
     names = Counter(map(name_row, rows))
-    for row in rows:
-        if names[name_row(row)] > 1:
-            for run in row:
-                run["name"] = str(run["folder"] / run["name"])
-    names = Counter(map(name_row, rows))
-    for row in rows:
-        if names[name_row(row)] > 1:
-            row[0]["seeds"] = f"-seeds{'-'.join(str(get_seed(run)) for run in row)}"
+    return [row for row in rows if names[name_row(row)] > 1]
 
 
 def reported_accuracies(row):
