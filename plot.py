@@ -36,6 +36,7 @@ from history import (
 
 DASHES = ("-", "--", "-.", ":")
 PARTS = {"train": ("training", "o-", BLUE), "val": ("validation", "s--", ORANGE)}
+FAR_APART = 10  # points between the seeds of a row, one of which died: a mean says nothing of them
 COLUMNS = ("row", "hyperparameters", "parameters", "reported", "measured", "difference", "seconds")
 
 
@@ -221,7 +222,9 @@ def describe_results(row):
     cells = [f"{row[0]['parameters']:,}", ", ".join(f"{x:.2f} %" for x in reported)]
     mean = statistics.fmean(values)
     result, difference = f"{mean:.2f} %", ", ".join(f"{mean - x:+.2f}" for x in reported)
-    if len(values) > 1:
+    if max(values) - min(values) > FAR_APART:
+        result, difference = f"{', '.join(f'{x:.2f}' for x in sorted(values))} %", ""
+    elif len(values) > 1:
         result += f" ± {statistics.stdev(values):.2f} (n = {len(values)})"
     if is_held_out(row):
         result, difference = f"{result} on held-out images", ""

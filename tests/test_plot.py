@@ -317,6 +317,14 @@ def test_the_table_gives_mean_and_spread_over_seeds(history):
     assert row4[4:] == ["46.00 % ± 1.41 (n = 2)", "-15.00", "7.0"]
 
 
+def test_the_table_lists_seeds_one_of_which_died(history):
+    row = [history, changed(history, "row4-seed1", seed=1)]
+    row[1]["epochs"] = [epoch | {"val_accuracy": 10.0} for epoch in history["epochs"]]
+    accuracy = history["epochs"][-1]["val_accuracy"]
+    table = plot.tabulate([row])
+    assert f"| 10.00, {accuracy:.2f} % |" in table and "±" not in table
+
+
 def test_the_table_says_what_is_not_finished_and_prefers_test_figures(history):
     running = changed(history, "running", arch=[1]) | {"finished": False}
     _, tested, unfinished = cells(history | {"test": {"accuracy": 44.0}}, running)

@@ -131,7 +131,9 @@ def test_open_gates_gain_what_is_said_at_equal_epochs():
     assert f"held out is lower, {losses}" in text
     gain, p = compare_accuracies("k3", "base")
     assert f"three sets gain {gain:.1f} (p = {p:.2f})" in text and p < 0.05
-    assert f"three by softmax end {gain:.1f} points above one" in TEXT
+    assert f"three by softmax {gain:.1f} points above one" in TEXT
+    _, p = compare_accuracies("k3", "k2")
+    assert f"against two they are undecided (p = {p:.2f})" in text and p > 0.05
 
 
 CONTROLS = ("base", "gate-mean", "k2", "gate-sigmoid", "base-28-epochs")
@@ -147,23 +149,26 @@ def test_the_choice_lowers_the_loss_and_more_epochs_in_the_same_time_help_more()
     assert all(compare_by_losses(gate, mean) < 0.05 for gate in (softmax, sigmoid))
     assert compare_by_losses(base, mean) > 0.05 < compare_by_losses(softmax, sigmoid)
     text = unwrap("docs/recipe.md")
-    assert f"by half each it stays, {compare_losses(softmax, mean)}" in text
+    assert f"by half each it is higher, {compare_losses(softmax, mean)}" in text
     lowered = f"from {loss_as_published(mean)} (half each) to {loss_as_published(softmax)}"
     assert f"A gate lowers the loss, {lowered} (softmax)" in TEXT
     for names in itertools.combinations(CONTROLS[:4], 2):  # at equal epochs
         _, p = compare_accuracies(*names)
         assert p > 0.05
-    epochs_of_k2, epochs_of_base = (len(row[0]["epochs"]) for row in (softmax, longer))
-    an_epoch = [median(map(minutes, row)) / len(row[0]["epochs"]) for row in (softmax, base)]
-    assert epochs_of_base * an_epoch[1] < epochs_of_k2 * an_epoch[0]
+    gains = [compare_accuracies(name, "base")[0] for name in CONTROLS[1:4]]
+    assert f"end {min(gains):.1f} to {max(gains):.1f} points above one, undecided" in TEXT
+    least, most, of_k2, interrupted = (
+        f"{minute(map(minutes, row)):.0f}" for row in (longer, softmax) for minute in (min, max)
+    )
+    took = f"in {least} to {most} minutes where the 12 of `k2` took {of_k2} to {interrupted}"
+    assert took in text and f"The {interrupted} minutes have interruptions" in text
+    assert (len(longer[0]["epochs"]), len(softmax[0]["epochs"])) == (28, 12)
     gain, p = compare_accuracies("base-28-epochs", "k2")
     assert p < 0.05
-    assert (
-        f"for as many minutes as two, ends {gain:.1f} points higher, with a loss that is lower"
-        in TEXT
-    )
+    ends = f"for about as many minutes as two, ends {gain:.1f} points higher"
+    assert f"{ends}, with a loss that is lower" in TEXT
     assert compare_by_losses(longer, softmax) < 0.05
-    assert f"per block, trained for as many minutes, ends {gain:.1f} points higher" in TEXT
+    assert f"per block, trained for about as many minutes, ends {gain:.1f} points higher" in TEXT
 
 
 def test_where_k_is_2_the_identity_lowers_the_loss():
@@ -286,7 +291,11 @@ def test_the_claims_of_the_report_are_held_against_the_results():
         pair = [accuracies_at_a_quarter(what) for what in compared.split(" − ")]
         mean = fmean(pair[0]) - fmean(pair[1])
         spread = sum(statistics.variance(v) for v in pair if len(v) > 1) ** 0.5
-        assert difference == f"{mean:+.2f} ± {spread:.2f}"
+        published = f"{mean:+.2f} ± {spread:.2f}"
+        if compared.endswith("gate-relu"):  # of which one died: three numbers
+            below = sorted(fmean(pair[0]) - accuracy for accuracy in pair[1])
+            published = ", ".join(f"{points:+.2f}" for points in below)
+        assert difference == published
         decided = "contradicted" if compared == "sgd − 10" else "confirmed"
         significant = compare_by_welch(*pair) < 0.05
         assert verdict == f"{decided if significant and mean > 0 else 'undecided'} |"
@@ -299,10 +308,14 @@ def test_where_final_overfits_is_held_against_the_results():
     assert published in [difference for _, difference, _ in claims_of_the_report()]
 
 
-def test_the_relu_gates_that_lived_are_as_far_below_final_as_is_said():
-    *_, second, first = sorted(accuracies_at_a_quarter("gate-relu"))
-    below = [fmean(accuracies_at_a_quarter("final")) - accuracy for accuracy in (first, second)]
-    assert "The other two end {:.1f} and {:.1f} points below final".format(*below) in TEXT
+def test_after_that_its_validation_loss_rises_by_a_third():
+    losses = [[epoch["val_loss"] for epoch in run] for run in epochs_at_a_quarter("final")]
+    assert all(1.3 < run[-1] / min(run) < 1.4 for run in losses) and "rises by a third" in TEXT
+    flipped = read("results/readings/small/final-flip*.json")
+    still = [epoch["val_loss"] for run in flipped for epoch in run["epochs"][7:]]
+    page = unwrap("results/readings/README.md")
+    assert f"at {min(still):.2f} to {max(still):.2f} from epoch 8 on" in page
+    assert "[with mirror images](results/readings/README.md) it stands still" in TEXT
 
 
 def test_mirror_images_gain_what_is_said():
@@ -335,8 +348,9 @@ def test_the_findings_have_the_figures_of_the_claims():
     assert f"sgd for {last['epoch']} epochs on a GPU ({last['val_accuracy']:.2f} %)" in TEXT
     verdicts = [verdict.split()[0] for _, _, verdict in claims_of_the_report()]
     counts = Counter(verdicts)
-    assert (counts["confirmed"], counts["contradicted"], counts["undecided"]) == (6, 1, 2)
-    assert "Of its nine claims six hold, one does not, two are undecided" in TEXT
+    assert counts == {"confirmed": 5, "half": 1, "contradicted": 1, "undecided": 2}
+    said = "Of its nine claims five hold, one holds in part, one does not, two are undecided"
+    assert said in TEXT
 
 
 @pytest.mark.parametrize("row, seeds", [("quick", 3), ("quick-k1", 3), ("best", 1), ("best-k1", 2)])
@@ -374,13 +388,12 @@ def test_gates_gain_little_at_equal_epochs_for_twice_the_minutes():
     gated, plain = by_six["quick"]
     assert len(gated) == len(plain) == 3
     gain = f"{fmean(gated) - fmean(plain):.1f}"
-    assert f"Without them `quick` ends {gain} points lower by six views" in TEXT
-    assert f"`quick-k1` ends {gain} points below `quick`, three seeds each" in TEXT
+    assert f"Without them `quick` ends {gain} points lower by six views, after less than" in TEXT
     (gated,), (lower, higher) = by_six["best"]
-    assert lower < gated < higher and "one seed of `best` lower and one higher" in TEXT
-    assert "one higher, in less than half of the minutes" in TEXT
-    assert "a single convolution per block takes less than half of the minutes" in TEXT
-    assert f"at {lower:.2f} and {higher:.2f} %, `best`, one seed, at {gated:.2f} %" in TEXT
+    assert lower < gated < higher and "of two seeds of `best` one ends lower" in TEXT
+    for name in ("best", "quick"):
+        epochs = {len(read_seeds(f"best/{row}")[0]["epochs"]) for row in (name, f"{name}-k1")}
+        assert len(epochs) == 1 and "a single convolution a block, too, for as many epochs" in TEXT
 
 
 def test_a_zen_4_takes_as_long_as_is_said():
@@ -391,7 +404,11 @@ def test_a_zen_4_takes_as_long_as_is_said():
     quick = minutes(begun) * len(whole["epochs"]) / len(begun["epochs"])
     took = f"{minutes(whole):.0f} minutes; {quick:.0f} minutes"
     assert f"Zen 4, by its first two epochs | {took} |" in page and len(begun["epochs"]) == 2
-    assert f"(a Zen 4 takes {quick:.0f} for `quick`, {minutes(second):.0f} for `best-k1`)" in TEXT
+    assert f"(without: {quick:.0f} for `quick`, {minutes(second):.0f} for `best-k1`)" in TEXT
+    (best,), page = read_seeds("best/best"), unwrap("docs/recipe.md")
+    estimate = round(minutes(best) * minutes(second) / minutes(first), -1)
+    goals = f"`quick` takes {quick:.0f} minutes, and `best` would take about {estimate:.0f}"
+    assert goals in page and minutes(whole) < 45 < quick and minutes(best) < 240 < estimate
 
 
 def test_where_the_limit_is_is_what_best_says():
@@ -415,7 +432,7 @@ def test_the_gates_of_quick_gain_what_is_said_at_equal_epochs():
     certain, undecided = (compare_by_welch(*both) for both in (by_six, by_one))
     assert certain < 0.05 < undecided
     assert (
-        f"gains {gain} points, by six views certain (p = {certain:.3f}), by one undecided "
+        f"gains {gain} points, by six views decided (p = {certain:.3f}), by one undecided "
         f"(p = {undecided:.3f}), for {minutes(gated[0]) / minutes(plain[0]):.1f} times the minutes"
     ) in unwrap("docs/recipe.md")
 
@@ -562,6 +579,40 @@ def test_what_a_sum_of_three_convolutions_costs_against_one():
     assert [round(ratio) for ratio in small] == [2, 2]
     _, wide, _ = forms_and_ratios("forms-cpu-amx.json")
     assert f"there the wide blocks take {wide} times as long." in text
+
+
+def test_bfloat16_is_as_fast_and_takes_as_much_memory_as_is_said():
+    rows = json.loads((ROOT / "results/bench/precision.json").read_text())["rows"]
+    times, memory = [], []
+    for precisions in rows.values():
+        pair = [precisions[name] for name in ("bfloat16", "float32")]
+        times.append("{:.1f}".format(np.divide(*(fmean(p["images_per_second"]) for p in pair))))
+        ends = [dict.fromkeys(f"{end(p['peak_gib']):.1f}" for end in (min, max)) for p in pair]
+        memory.append(" and ".join(" to ".join(values) for values in ends))
+    page = unwrap("docs/speed.md")
+    faster = "row 4 {} times, row 2 {}, the final model {} and an older `best` (commit f85112d) {}"
+    assert faster.format(*times) in page
+    fits = "(row 4: {} GiB, row 2: {}, final: {}, `best`: {};"
+    assert fits.format(*memory) in page
+
+
+def test_a_computer_in_use_is_as_slow_as_is_said():
+    runs = {run["name"]: run["epochs"][-1] for run in read("results/in-use/*.json")}
+    speed = {name: epoch["images_per_second"] for name, epoch in runs.items()}
+    page = unwrap("docs/processes.md")
+    said = "at {:,.0f} images/s fell to {:.0f} beside a training of row 2"
+    assert said.format(speed["small-alone"], speed["small-beside-another"]) in page
+    assert f"and to {speed['small-beside-nice']:.0f} where that ran under `nice`" in page
+    assert f"the small one kept {speed['small-beside-autogroup']:,.0f} images/s" in page
+    costs = 100 * (1 - speed["row2-alone-passive"] / speed["row2-alone"])
+    assert f"it costs {costs:.0f} % of row 2's speed, but more than half of the small" in page
+    assert speed["small-alone-passive"] < speed["small-alone"] / 2
+
+
+def test_row_4_takes_the_minutes_that_are_said():
+    runs = read("results/rows/row4*.json") + read("results/again/row4.json")
+    took = sorted(map(minutes, runs))
+    assert f"its smallest row: {took[0]:.0f} to {took[-1]:.0f} minutes" in TEXT
 
 
 LINKS = [
