@@ -7,9 +7,10 @@ python plot.py runs/row4.json --format pdf --title "Row 4 of the report"
 python plot.py runs/final.json runs/best.json --minutes     # compared over time, not over epochs
 
 Runs that differ in nothing but their seed make one row: their mean, and a band from the lowest to
-the highest. Where a seed is there twice, as of two machines, a row is of those that are named alike
-in a folder. It is of its finished runs; if none has finished, of all. A run that evaluate.py tested
-has two pictures more, runs/row4-test.png and runs/row4-gates.png.
+the highest. If these end more than 10 points apart, table and comparison have each run instead.
+Where a seed is there twice, as of two machines, a row is of those that are named alike in a folder.
+It is of its finished runs; if none has finished, of all. A run that evaluate.py tested has two
+pictures more, runs/row4-test.png and runs/row4-gates.png.
 """
 
 import argparse
@@ -183,6 +184,11 @@ def last_accuracies(row):
     return [run["epochs"][-1]["val_accuracy"] for run in row]
 
 
+def are_far_apart(values):
+    """Whether accuracies of several seeds are to be shown each, without their mean."""
+    return max(values) - min(values) > FAR_APART
+
+
 def is_held_out(row):
     """Whether what last_accuracies gives is of images held out of training."""
     return bool(row[0]["config"].get("holdout")) and not all("test" in run for run in row)
@@ -222,7 +228,7 @@ def describe_results(row):
     cells = [f"{row[0]['parameters']:,}", ", ".join(f"{x:.2f} %" for x in reported)]
     mean = statistics.fmean(values)
     result, difference = f"{mean:.2f} %", ", ".join(f"{mean - x:+.2f}" for x in reported)
-    if max(values) - min(values) > FAR_APART:
+    if are_far_apart(values):
         result, difference = f"{', '.join(f'{x:.2f}' for x in sorted(values))} %", ""
     elif len(values) > 1:
         result += f" ± {statistics.stdev(values):.2f} (n = {len(values)})"
@@ -322,7 +328,9 @@ def draw_comparison(rows, title, minutes=False):
     for name, row, dash, colour in zip(names, rows, cycle(DASHES), cycle(COLOURS)):
         marker = "o" if max(len(run["epochs"]) for run in row) == 1 else ""
         label = re.sub("^_", " _", name)  # Matplotlib hides what begins with an underscore
-        draw_metric(curves, row, "val_accuracy", marker + dash, colour, label, minutes)
+        for seeds in [[run] for run in row] if are_far_apart(last_accuracies(row)) else [row]:
+            draw_metric(curves, seeds, "val_accuracy", marker + dash, colour, label, minutes)
+            label = ""  # once in the legend
     if minutes:
         curves.set_xscale("log")
         curves.minorticks_off()
@@ -335,7 +343,7 @@ def draw_comparison(rows, title, minutes=False):
 
 def draw_dots(axes, rows, names):
     """Draw reported and measured accuracy of each row as dots, of a held-out one only the latter;
-    several seeds as ticks on a line."""
+    several seeds as ticks on a line, and those far apart as dots each."""
     for place, row in enumerate(rows):
         values = last_accuracies(row)
         if len(values) > 1:
@@ -343,8 +351,8 @@ def draw_dots(axes, rows, names):
         for reported in [] if is_held_out(row) else reported_accuracies(row):
             ring = {"fillstyle": "none", "markersize": 9, "markeredgewidth": 1.5}
             axes.plot(reported, place, "o", color=ORANGE, label="reported", **ring)
-        mean = statistics.fmean(values)
-        axes.plot(mean, place, "D", color=BLUE, markersize=4.5, label="measured")
+        dots = values if are_far_apart(values) else [statistics.fmean(values)]
+        axes.plot(dots, [place] * len(dots), "D", color=BLUE, markersize=4.5, label="measured")
     axes.set_yticks(range(len(rows)), names, fontsize=8)
     axes.set_ylim(len(rows) - 0.5, -0.5)  # the first row on top
     labelled = dict(zip(*reversed(axes.get_legend_handles_labels())))  # each label once

@@ -317,12 +317,15 @@ def test_the_table_gives_mean_and_spread_over_seeds(history):
     assert row4[4:] == ["46.00 % ± 1.41 (n = 2)", "-15.00", "7.0"]
 
 
-def test_the_table_lists_seeds_one_of_which_died(history):
-    row = [history, changed(history, "row4-seed1", seed=1)]
-    row[1]["epochs"] = [epoch | {"val_accuracy": 10.0} for epoch in history["epochs"]]
-    accuracy = history["epochs"][-1]["val_accuracy"]
-    table = plot.tabulate([row])
-    assert f"| 10.00, {accuracy:.2f} % |" in table and "±" not in table
+def test_of_seeds_one_of_which_died_there_is_no_mean(history):
+    row = [history, changed(history, "row4-seed1", 10.0, seed=1)]
+    assert cells(*row)[1][4:6] == ["10.00, 45.00 %", ""]
+    dots, curves = plot.draw_comparison([row, [changed(history, "wide", arch=[32])]], "").axes
+    measured = [list(line.get_xdata()) for line in dots.lines if line.get_label() == "measured"]
+    assert measured == [[45.0, 10.0], [45.0]]
+    assert [line.get_ydata()[-1] for line in curves.lines] == [45.0, 10.0, 45.0]
+    names = [text.get_text() for text in curves.get_legend().get_texts()]
+    assert names == ["row4", "wide"] and not curves.collections  # no band
 
 
 def test_the_table_says_what_is_not_finished_and_prefers_test_figures(history):
