@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import multiprocessing
 import os
+import signal
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -84,6 +85,7 @@ def prepare(build):
     """Build the function that time_step times, and warm it up: five calls, or ten seconds."""
     global step
     step = None  # the memory of the last one is free
+    fast.limit_threads()  # of all that is compared, whatever builds it
     step, began = build(), time.perf_counter()
     for _ in range(5):  # in the first ones the memory of the process still grows
         if time.perf_counter() - began < 10:
@@ -236,6 +238,7 @@ def parse_args(argv=None):
 def main(argv=None):
     """Time what is asked for, and keep the results; failures exit with 1 and a line."""
     args = parse_args(argv)
+    train.WORLD_SIZE = 1  # whatever a cluster's environment says
     try:
         device = set_up_device(args.device)
         if args.json:
@@ -248,7 +251,9 @@ def main(argv=None):
         for part in args.only:
             with contextlib.ExitStack() as stack:  # only workers that run ours keep memory
                 most = range(len(fast.FORMS) + 2)  # beside them k = 1 and a product are timed
-                workers = [stack.enter_context(ProcessPoolExecutor(1, context)) for _ in most]
+                quietly = signal.signal, (signal.SIGINT, signal.SIG_DFL)  # they end by Ctrl-C
+                pools = [ProcessPoolExecutor(1, context, *quietly) for _ in most]
+                workers = [stack.enter_context(pool) for pool in pools]
                 for what, forms in PARTS[part](device, precision):
                     report["results"].append(compare(what, forms, workers))
                     if args.json:

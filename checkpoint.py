@@ -14,11 +14,11 @@ import torch
 
 from data import CLASSES
 from device import explain_out_of_memory
-from history import write_atomically
+from history import parse_history, write_atomically
 from model import DEFAULTS, IMAGE_SIZE, build_model
 
 FORMAT = "gated multi-convolution checkpoint 5"
-PARTS = {"config", "precision", "history", "weights"}
+PARTS = {"config": dict, "precision": str, "history": str, "weights": dict}
 
 
 def write_checkpoint(path, checkpoint, stale=None):
@@ -47,14 +47,28 @@ def load_checkpoint(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if checkpoint["format"] != FORMAT:
             raise ValueError(f"its format is {checkpoint['format']!r}, now it is {FORMAT!r}")
-        if missing := PARTS - checkpoint.keys():
-            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+        check_parts(checkpoint)
     except Exception as error:  # a damaged file can make the readers raise nearly anything
         if explain_out_of_memory(error):
             raise
         what = f"{path} is not a whole checkpoint of train.py ({explain(error)})"
         raise ValueError(what) from error
     return checkpoint
+
+
+def check_parts(checkpoint):
+    """An exception, of whatever kind, if a checkpoint lacks what all who load it use."""
+    if missing := PARTS.keys() - checkpoint.keys():
+        raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+    for name, kind in PARTS.items():
+        if not isinstance(checkpoint[name], kind):
+            raise TypeError(f"its {name} is no {kind.__name__}")
+    config = checkpoint["config"]
+    if not isinstance(config["data_dir"], str) or not isinstance(config["epochs"], int):
+        raise TypeError("its data_dir is no str, or its epochs are no int")
+    if not all(map(torch.is_tensor, checkpoint["weights"].values())):
+        raise TypeError("its weights are no tensors")
+    parse_history(checkpoint["history"])
 
 
 def load_model(path):

@@ -21,7 +21,7 @@ def _read_number(name, default):
     return int(text) if text.isdecimal() else default  # join_processes refuses others
 
 
-WORLD_SIZE = _read_number("WORLD_SIZE", 1)
+WORLD_SIZE = _read_number("WORLD_SIZE", 1) or 1
 RANK = _read_number("RANK", 0) if WORLD_SIZE > 1 else 0
 LOCAL_RANK = _read_number("LOCAL_RANK", 0) if WORLD_SIZE > 1 else 0  # on this machine
 SHARE = slice(RANK, None, WORLD_SIZE)  # this process's images of every batch
@@ -55,10 +55,11 @@ def set_up_device(name, index=0):
 def join_processes(device):
     """Meet the other processes of this run, if there are any; say so if that takes long.
     ValueError if the environment is wrong or they do not come."""
-    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
-        text = os.environ.get(name, "0")
-        if not text.isdecimal():
-            raise ValueError(f"{name}={text!r} in the environment is not a number: unset it")
+    for name, least in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)):
+        text = os.environ.get(name, str(least))
+        if not text.isdecimal() or int(text) < least:
+            what = f"{name}={text!r} in the environment is not a number from {least} on"
+            raise ValueError(f"{what}: unset it")
     if WORLD_SIZE == 1:
         return
     place = ":".join(os.environ.get(f"MASTER_{part}", "?") for part in ("ADDR", "PORT"))

@@ -42,18 +42,24 @@ def read_history(path):
     """Return the history in a file, a dict. OSError or ValueError say what is wrong with it."""
     text = Path(path).read_bytes()
     try:
-        history = json.loads(text, parse_constant=int)  # int refuses "NaN" and "Infinity"
-        numbers = [history["parameters"], history["config"].get("seed", 0)]
-        numbers += history["reported"] + history["batch_losses"]
-        for epoch in [] + history["epochs"]:  # a list, no dict
-            numbers += [epoch[name] for name in METRICS] + list(epoch.values())
-        numbers += [history["test"]["accuracy"]] if "test" in history else []
-        if not all(map(math.isfinite, numbers)):
-            raise ValueError("a number is infinite")
-        history["name"].encode(errors="replace"), history["finished"]  # are there
-    except Exception as error:  # JSON can hold anything
+        return parse_history(text)
+    except Exception as error:
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(f"{path} is not a history that train.py wrote ({reason})") from error
+
+
+def parse_history(text):
+    """Return the history in a JSON text, a dict. Exceptions of any kind say what is wrong with it:
+    JSON can hold anything."""
+    history = json.loads(text, parse_constant=int)  # int refuses "NaN" and "Infinity"
+    numbers = [history["parameters"], history["config"].get("seed", 0)]
+    numbers += history["reported"] + history["batch_losses"]
+    for epoch in [] + history["epochs"]:  # a list, no dict
+        numbers += [epoch[name] for name in METRICS] + list(epoch.values())
+    numbers += [history["test"]["accuracy"]] if "test" in history else []
+    if not all(map(math.isfinite, numbers)):
+        raise ValueError("a number is infinite")
+    history["name"].encode(errors="replace"), history["finished"]  # are there
     return history
 
 

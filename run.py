@@ -56,7 +56,7 @@ class Run:
         size = args.batch_size
         self.batch_sizes = [min(size, images - first) for first in range(0, images, size)]
         self.stop_signal = 0  # the number of the signal that came, if one did
-        self.began = self.trained_at = time.monotonic()
+        self.began = self.trained_at = time.perf_counter()
         self.save_at = self.began + SAVE_SECONDS
         self.history = {"name": args.name}
         self.history["command"] = format_command(["train.py", *command[1:]])
@@ -95,7 +95,7 @@ class Run:
             for batch, value in enumerate(recent, start=done - len(recent) + 1):
                 if not math.isfinite(value):
                     self._diverged(f"the loss is {value} at epoch {epoch + 1}, batch {batch}")
-            self.trained_at = time.monotonic()
+            self.trained_at = time.perf_counter()
             self._show_progress(epoch, done)
             self._save_or_stop(loss.device)
 
@@ -108,7 +108,7 @@ class Run:
     def log_epoch(self, epoch, **validation):
         """Add an epoch's metrics to the history, write it and print them. `validation` are numbers:
         val_loss, val_accuracy and any others. Ends the process if one is NaN or infinite."""
-        images, now = sum(self.batch_sizes), time.monotonic()
+        images, now = sum(self.batch_sizes), time.perf_counter()
         metrics = {name: torch.stack(values).tolist() for name, values in self.metrics.items()}
         correct, line = metrics.pop("correct"), {"epoch": epoch + 1, "lr": self.lr}
         for name, values in metrics.items():
@@ -172,7 +172,7 @@ class Run:
         if resumable:
             metrics = {name: torch.stack(values).cpu() for name, values in self.metrics.items()}
             checkpoint["state"] = {"optimizer": self.optimizer.state_dict(), "metrics": metrics}
-            checkpoint["state"] |= {"lr": self.lr, "seconds": time.monotonic() - self.began}
+            checkpoint["state"] |= {"lr": self.lr, "seconds": time.perf_counter() - self.began}
             checkpoint["state"]["training_seconds"] = self.trained_at - self.began
         write_checkpoint(self.checkpoint_path, checkpoint, stale)
 
@@ -184,7 +184,7 @@ class Run:
         number, unsaved = self.stop_signal, ""
         if WORLD_SIZE > 1:  # one process alone need not wait for its device
             number = all_reduce(torch.tensor(number, device=device), ReduceOp.MAX).item()
-        began = time.monotonic()
+        began = time.perf_counter()
         if not number and began < self.save_at:
             return
         if RANK == 0:
@@ -193,7 +193,7 @@ class Run:
             except OSError as error:
                 print(f"train.py: warning: the state is not saved: {error}", file=sys.stderr)
                 unsaved = "nothing could be saved now; "
-        ended = time.monotonic()
+        ended = time.perf_counter()
         # The state of the report's final model is 1.9 GB: where disks are slow, save it seldom.
         self.save_at = ended + max(SAVE_SECONDS, 40 * (ended - began))
         if number:
@@ -209,7 +209,7 @@ class Run:
         """Rewrite a line on the terminal: how far the run is and how long it still takes. The next
         line that is printed takes its place."""
         if RANK == 0 and sys.stderr is not None and sys.stderr.isatty():
-            share, seconds = done / len(self.batch_sizes), time.monotonic() - self.began
+            share, seconds = done / len(self.batch_sizes), time.perf_counter() - self.began
             rate = sum(self.batch_sizes[:done]) / seconds
             left = timedelta(seconds=round((self.args.epochs - epoch - share) * seconds / share))
             place = f"{epoch + 1:>3}/{self.args.epochs}  batch {done}/{len(self.batch_sizes)}"

@@ -241,7 +241,7 @@ def parse_args(argv=None):
     add("--weight-decay", type=number(float, 0), help="None: the optimiser's own default")
     add("--momentum", type=fraction, help="None: the optimiser's own default, 0 of sgd")
     add("--nesterov", action=on_off, default=False, help="Nesterov's momentum")
-    schedules = "cosine: down, epoch by epoch; onecycle: up to --lr and down, by batches"
+    schedules = "cosine: down, epoch by epoch; onecycle: up to about --lr and down, by batches"
     add("--schedule", choices=("cosine", "onecycle", "none"), default="cosine", help=schedules)
     add("--label-smoothing", type=fraction, default=0.0, help="probability shared by all classes")
     add("--epochs", type=positive, default=15, help="passes over the training images")

@@ -1,3 +1,4 @@
+import json
 import random
 import zipfile
 from pathlib import Path
@@ -94,7 +95,7 @@ def test_plot_names_a_folder_it_cannot_write_to(history, places, refused):
     assert "FILE" in refused(plot.main, ["run.json", "--out", "FILE"])
 
 
-SMALL = {"arch": [4], "fc": 0, "dataset": "shapes"}
+SMALL = {"arch": [4], "fc": 0, "dataset": "shapes", "data_dir": "data", "epochs": 1}
 PART = "is not a whole checkpoint of train.py"
 
 
@@ -118,8 +119,16 @@ def flipped(path):
 
 
 def of(config, **weights):
-    more = {"format": FORMAT, "precision": "float32", "history": "{}"}
-    return lambda path: torch.save({"config": config, "weights": weights} | more, path)
+    return whole({"config": config, "weights": weights})
+
+
+def whole(changes):
+    """Writes a checkpoint with changed parts, whose history and other parts are right."""
+    history = {"name": "run", "config": {}, "parameters": 1, "finished": True}
+    history |= {"reported": [], "epochs": [], "batch_losses": []}
+    parts = {"format": FORMAT, "precision": "float32", "history": json.dumps(history)}
+    parts |= {"config": SMALL, "weights": {}}
+    return lambda path: torch.save(parts | changes, path)
 
 
 @pytest.mark.parametrize(
@@ -131,7 +140,6 @@ def of(config, **weights):
         (older, "its format is 'gated multi-convolution checkpoint 2', now it is"),
         (lambda path: None, "No such file"),
         (of(SMALL, weight=torch.zeros(3)), "its weights do not fit its options"),
-        (of(["arch"]), "its weights do not fit its options"),
         (of(SMALL | {"residual": True}), "--residual: blocks no longer add"),
         (of(SMALL | {"fc": 10**7}), "10,000,001 layers, but 0 tensors of weights"),
         (of(SMALL, w=torch.zeros(1).expand(10**12)), "w is larger than what is stored of it"),
@@ -157,9 +165,36 @@ def test_a_pickle_that_would_run_code_is_refused_and_does_not(places, refused, a
     assert not (places / "ran").exists()
 
 
+@pytest.mark.parametrize(
+    "changes, reason",
+    [
+        ({"config": ["arch"]}, "TypeError: its config is no dict"),
+        ({"config": {"arch": [4], "epochs": 2}}, "KeyError: 'data_dir'"),
+        ({"config": SMALL | {"data_dir": 5}}, "TypeError: its data_dir is no str"),
+        ({"weights": [1]}, "TypeError: its weights is no dict"),
+        ({"weights": {"w": 1}}, "TypeError: its weights are no tensors"),
+        ({"history": {}}, "TypeError: its history is no str"),
+        ({"history": "{}"}, "KeyError: 'parameters'"),
+    ],
+)
+@pytest.mark.parametrize(
+    "main, command",
+    [
+        (evaluate.main, "run.pt"),
+        (evaluate.main, "run.pt --export new.pt"),
+        (train.main, "--dataset shapes --schedule none --out . --name run --resume"),
+    ],
+)
+def test_a_crafted_checkpoint_is_refused_by_all(main, command, changes, reason, places, refused):
+    whole(changes)(places / "run.pt")
+    line = refused(main, command.split())
+    assert "run.pt is not a whole checkpoint" in line and reason in line
+    assert not (places / "new.pt").exists()
+
+
 def test_a_flipped_bit_in_a_checkpoint_is_found_or_harmless(tmp_path):
     path = tmp_path / "run.pt"
-    of({"arch": [4]}, w=torch.arange(60), b=torch.arange(6))(path)
+    of(SMALL, w=torch.arange(60), b=torch.arange(6))(path)
     good, content = repr(load_checkpoint(path)), path.read_bytes()
     directory = content.index(b"PK\x01\x02")
     chance = random.Random(0)

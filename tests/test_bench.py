@@ -58,8 +58,11 @@ def test_the_chosen_form_comes_first_and_all_are_there():
 
 
 def test_a_call_is_timed_alone_where_it_takes_long(monkeypatch):
+    limit = Mock()
+    monkeypatch.setattr(fast, "limit_threads", limit)  # of textbook forms as of ours
     step = Mock(side_effect=lambda: time.sleep(0.21))
     bench.prepare(lambda: step)
+    limit.assert_called_once()
     assert step.call_count == 5
     assert bench.time_step() == pytest.approx(0.21, rel=0.5)
     assert step.call_count == 6
@@ -67,8 +70,9 @@ def test_a_call_is_timed_alone_where_it_takes_long(monkeypatch):
 
 def test_all_parts_are_timed_printed_and_kept_as_json(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(fast, "FORM", "auto")  # is set back
+    monkeypatch.setattr(train, "WORLD_SIZE", 3)  # of a cluster's environment
     # Quicker than processes; all run their steps, though as threads they time the last one's.
-    monkeypatch.setattr(bench, "ProcessPoolExecutor", lambda count, _: ThreadPoolExecutor(count))
+    monkeypatch.setattr(bench, "ProcessPoolExecutor", lambda count, *_: ThreadPoolExecutor(count))
     monkeypatch.setattr(bench, "TURNS", 1)
     monkeypatch.setattr(bench, "SHAPES", [(4, 8, 8, 3)])
     monkeypatch.setattr(bench, "ROWS", {"row 4": f"{bench.ROWS['row 4']} --batch-size 2"})
@@ -93,7 +97,7 @@ def test_too_little_memory_is_a_line_and_what_was_measured_is_kept(monkeypatch, 
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
     monkeypatch.setattr(bench, "compare", measure_or_fail)
-    monkeypatch.setattr(bench, "ProcessPoolExecutor", lambda count, _: ThreadPoolExecutor(count))
+    monkeypatch.setattr(bench, "ProcessPoolExecutor", lambda count, *_: ThreadPoolExecutor(count))
     line = refused(bench.main, ["--only", "form", "--json", str(tmp_path / "cpu.json")])
     assert line.startswith("bench.py: error: DefaultCPUAllocator: can't allocate memory")
     assert json.loads((tmp_path / "cpu.json").read_text())["results"] == [

@@ -133,7 +133,7 @@ def test_a_test_is_of_one_process_whatever_the_environment_says(run, tmp_path, m
     assert evaluate_in(tmp_path)["images"] == 1000
 
 
-@pytest.mark.parametrize("size", ["", "two", "-1"])
+@pytest.mark.parametrize("size", ["", "two", "-1", "0"])
 def test_a_number_of_processes_that_is_none_is_refused(run, refused, monkeypatch, size):
     monkeypatch.setenv("WORLD_SIZE", size)
     assert f"WORLD_SIZE={size!r} in the environment is not a number" in refused(run)
