@@ -42,11 +42,15 @@ while [ $# -gt 0 ] && [ "$1" != -- ]; do
     shift
 done
 shift $(($# > 0)) # the --
-out=runs previous=
+out=runs previous= device=
 for word in "$@"; do
-    if [ "$previous" = --out ]; then out=$word; fi
+    case $previous in
+        --out) out=$word ;;
+        --device) device="--device $word" ;; # of the test, too
+    esac
     case $word in
         --out=*) out=${word#--out=} ;;
+        --device=*) device=$word ;;
         --name | --name=*) refuse 2 "$word: rows have names of their own; --out takes another folder" ;;
     esac
     previous=$word
@@ -85,7 +89,7 @@ for row in "${rows[@]}"; do
     if [ ${#wanted[@]} = 0 ] || [[ " ${wanted[*]} " == *" $name "* ]]; then
         echo "== $name"
         run "${launch[@]}" "$here/train.py" $options "$@" --name "$name" $resume &&
-            run "$python" "$here/evaluate.py" "$out/$name"[.]pt "$out/$name"-seed*.pt --once ||
+            run "$python" "$here/evaluate.py" "$out/$name"[.]pt "$out/$name"-seed*.pt --once $device ||
             failed+=" $name"
     fi
     histories+=("$out/$name"[.]json "$out/$name"-seed*.json)

@@ -13,7 +13,6 @@ medians, and ratios to the first, taken turn by turn.
 import argparse
 import contextlib
 import multiprocessing
-import os
 import signal
 import sys
 import time
@@ -243,7 +242,6 @@ def main(argv=None):
         device = set_up_device(args.device)
         if args.json:
             args.json.parent.mkdir(parents=True, exist_ok=True)
-        os.environ.pop("THP_MEM_ALLOC_ENABLE", None)  # of keep_memory: not for textbook forms
         precision = choose_precision(device)
         report = describe_environment(device, precision)
         print(f"{report['device']}, PyTorch {report['torch']}")

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from data import CLASSES
-from device import explain_out_of_memory
+from device import explain_out_of_memory, first_line
 from history import parse_history, write_atomically
 from model import DEFAULTS, IMAGE_SIZE, build_model
 
@@ -28,8 +28,7 @@ def write_checkpoint(path, checkpoint, stale=None):
         save = functools.partial(torch.save, {"format": FORMAT} | checkpoint)
         write_atomically(path, save, stale)
     except RuntimeError as error:  # so torch.save reports a failed write
-        reason = str(error.__context__ or error).partition("\n")[0]
-        raise OSError(f"{path}: {reason}") from error
+        raise OSError(f"{path}: {first_line(error.__context__ or error)}") from error
 
 
 def load_checkpoint(path):

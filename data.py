@@ -12,6 +12,7 @@ import contextlib
 import random
 import warnings
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 
 import torch
@@ -107,7 +108,7 @@ def load_cifar10(data_dir, train):
         with open(data_dir / ".cifar10.lock", "w") as file:
             lock(file, f"waiting for another process that puts CIFAR-10 into {data_dir}")
             return cifar10(data_dir, train=train, download=True)
-    except (RuntimeError, OSError, EOFError) as error:
+    except (RuntimeError, OSError, EOFError, HTTPException) as error:
         archive = data_dir / cifar10.filename
         what = f"{data_dir / cifar10.base_folder} is missing or damaged"
         advice = f"put {archive.name} from {cifar10.url} into {data_dir}"

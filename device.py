@@ -108,7 +108,8 @@ def explain_out_of_memory(error):
     reason = first_line(error)
     if isinstance(error, MemoryError):
         return reason or "out of memory"
-    words = ("alloc", "out of memory", "could not create a primitive")  # the last is oneDNN's
+    # The third is oneDNN's, the last of sizes that no memory has.
+    words = ("alloc", "out of memory", "could not create a primitive", "storage size")
     return reason if any(word in reason.lower() for word in words) else ""
 
 
@@ -153,7 +154,7 @@ def distribute_loss(criterion):
     def mean_of_share(logits, labels):
         images = all_reduce(torch.tensor(len(labels), device=labels.device))
         if not len(labels):
-            return 0 * logits.sum()  # a mean of nothing is NaN
+            return 0 * logits.float().sum()  # a mean of nothing is NaN; losses are float32
         return criterion(logits, labels) * (len(labels) * WORLD_SIZE / images)
 
     return mean_of_share

@@ -321,6 +321,10 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     args.checkpoints = expand_patterns(args.checkpoints)
     args.image = expand_patterns(args.image)
+    if args.export and (args.image or args.tta or args.once or args.out):
+        parser.error("--export writes weights: without --image, --tta, --once and --out")
+    if args.image and args.once:
+        parser.error("--once is of tests: without --image")
     if args.export and len(args.checkpoints) > 1:
         parser.error(f"--export writes one checkpoint, not {len(args.checkpoints)}")
     if args.out and len({path.stem for path in args.checkpoints}) < len(set(args.checkpoints)):

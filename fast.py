@@ -300,10 +300,9 @@ def has_bfloat16():
 
 
 def keep_memory():
-    """Let this process keep the memory that tensors free, in huge pages, for the next ones.
+    """Let this process keep the memory that tensors free for the next ones.
     By default glibc gives every tensor above 32 MiB back to Linux, which then clears it anew page
     by page, which takes a large part of a training step of the report's final model."""
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # PyTorch reads it at its first tensor
     if platform.libc_ver()[0] == "glibc":
         malloc = ctypes.CDLL(None)
         malloc.mallopt(-4, 0)  # M_MMAP_MAX: the heap holds large tensors, too

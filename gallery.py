@@ -153,7 +153,8 @@ def draw_gates(test, title, blocks=None):
     gates, names = test["gates"], list(test["per_class"])
     if blocks:
         if not set(blocks) <= set(range(1, len(gates) + 1)):
-            raise ValueError(f"--blocks {' '.join(map(str, blocks))}: there are 1 to {len(gates)}")
+            numbers = " ".join(map(str, blocks))
+            raise ValueError(f"--blocks {numbers}: {len(gates)} blocks have gates")
         gates = [gates[number - 1] for number in blocks]
     height = 1.2 + len(gates) * (0.35 + 0.25 * len(gates[0]["quantiles"]))
     figure = start_figure(f"{title}: coefficients of the gates", height)

@@ -22,7 +22,7 @@ try:
 except ImportError:  # Windows: there, two runs of one name are not kept apart
     fcntl = None
 
-METRICS = "train_loss", "train_accuracy", "val_loss", "val_accuracy", "seconds"  # of every epoch
+METRICS = "lr train_loss train_accuracy val_loss val_accuracy seconds images_per_second".split()
 # Options that do not change what a run computes: they may differ when it is resumed.
 NOT_HYPERPARAMETERS = set("data_dir name out device mix compile resume overwrite reported".split())
 # Options that some histories do not know, since they came later, or train.py no longer knows, and
@@ -142,12 +142,13 @@ def to_path(text):
 
 def expand_patterns(paths):
     """Return paths with each * and ? expanded that no file is called by: cmd.exe leaves that to
-    us."""
+    us. Brackets stand for themselves."""
     return [match for path in paths for match in _matches(path)]
 
 
 def _matches(path):
-    found = [] if os.path.exists(path) else sorted(map(Path, glob.glob(str(path))))
+    pattern = str(path).replace("[", "[[]")
+    found = [] if os.path.exists(path) else sorted(map(Path, glob.glob(pattern)))
     return found or [path]
 
 

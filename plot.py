@@ -176,12 +176,17 @@ def reported_accuracies(row):
     return list(dict.fromkeys(accuracy for run in row for accuracy in run["reported"]))
 
 
+def count_epochs(row):
+    """Return how many epochs all runs of a row have: they differ where it is unfinished."""
+    return min(len(run["epochs"]) for run in row)
+
+
 def last_accuracies(row):
     """Return the accuracies (%) that a row's runs end with: evaluate.py's if all were tested, else
-    the last epochs'."""
+    those of the last epoch that all have."""
     if all("test" in run for run in row):
         return [run["test"]["accuracy"] for run in row]
-    return [run["epochs"][-1]["val_accuracy"] for run in row]
+    return [run["epochs"][count_epochs(row) - 1]["val_accuracy"] for run in row]
 
 
 def are_far_apart(values):
@@ -198,7 +203,7 @@ def note_unfinished(row):
     """Return ' (unfinished, epoch 3 of 15)' if a row is, else nothing."""
     if row[0]["finished"]:
         return ""
-    return f" (unfinished, epoch {len(row[0]['epochs'])} of {row[0]['config'].get('epochs')})"
+    return f" (unfinished, epoch {count_epochs(row)} of {row[0]['config'].get('epochs')})"
 
 
 def tabulate(rows):
@@ -384,6 +389,8 @@ def parse_args(argv=None):
     blocks = "draw the gates of these blocks alone, counted from 1"
     add("--blocks", type=int, nargs="+", metavar="N", help=blocks)
     args = parser.parse_args(argv)
+    if min(args.blocks or [1]) < 1:
+        parser.error(f"--blocks {' '.join(map(str, args.blocks))}: the first is 1")
     args.histories = expand_patterns(args.histories)
     return args
 

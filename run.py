@@ -152,7 +152,7 @@ class Run:
             self.began -= seconds
             self.trained_at = self.began + saved["state"].get("training_seconds", seconds)
             saved.clear()  # its memory is needed
-        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        except (LookupError, RuntimeError, TypeError, ValueError) as error:
             what = f"{self.checkpoint_path} is of another run ({explain(error)})"
             raise ValueError(what) from error
 
@@ -283,17 +283,20 @@ def is_finished(saved, args):
 
 def restore_history(saved, args):
     """Write the history of a finished run again if a kill kept it from saying that it is finished,
-    or if it is lost."""
-    path = args.out / f"{args.name}.json"
-    with contextlib.suppress(OSError, ValueError):
-        if read_history(path)["finished"]:
-            return
-    if RANK == 0:
-        write_history(path, json.loads(saved["history"]))
-        print(
-            f"train.py: {path} is written again, without a test: evaluate.py adds it",
-            file=sys.stderr,
-        )
+    if it is lost, or if other reported figures are given."""
+    path, history, note = args.out / f"{args.name}.json", json.loads(saved["history"]), ""
+    try:
+        before = read_history(path)
+    except (OSError, ValueError):
+        before = {"finished": False}
+    if before["finished"]:
+        history = before
+    else:
+        note = ", without a test: evaluate.py adds it"
+    history = history | {"reported": args.reported or history["reported"]}
+    if RANK == 0 and history != before:
+        write_history(path, history)
+        print(f"train.py: {path} is written again{note}", file=sys.stderr)
 
 
 @contextlib.contextmanager

@@ -115,13 +115,15 @@ def load_data(args, device):
     test images or on those held out. ValueError if there are not as many as the options need."""
     if RANK > 0:
         barrier()  # the first process may have to download
-    train_set = load(args.dataset, args.data_dir)
-    if args.holdout:
-        train_set, validation_set = hold_out(train_set, args.holdout)
-    else:
-        validation_set = load(args.dataset, args.data_dir, train=False)
-    if RANK == 0:
-        barrier()
+    try:
+        train_set = load(args.dataset, args.data_dir)
+        if args.holdout:
+            train_set, validation_set = hold_out(train_set, args.holdout)
+        else:
+            validation_set = load(args.dataset, args.data_dir, train=False)
+    finally:
+        if RANK == 0:
+            barrier()  # if it failed, the others fail by the same
     if args.limit and args.limit > len(train_set):
         raise ValueError(f"--limit {args.limit}: there are {len(train_set)} training images")
     train_set = train_set[: args.limit]
@@ -223,7 +225,7 @@ def parse_args(argv=None):
     add("--norm", choices=("none", "batch"), help="batch normalisation of the blocks' sums")
     halves = "max pooling in these blocks, counted from 1, before the norm"
     add("--downsample", type=positive, nargs="+", metavar="N", help=halves)
-    pools = "AdaptiveAvgPool2d(8), AvgPool2d(8), or the largest of the whole image"
+    pools = "AdaptiveAvgPool2d(8) (of 32x32 pixels), AvgPool2d(8), or the largest of the image"
     add("--pool", choices=("adaptive", "avg", "max"), help=pools)
     add("--fc", type=positive, help="number of fully connected layers")
     add("--hidden", type=positive, help="units of each hidden one")

@@ -131,6 +131,12 @@ def test_named_rows_run_alone_with_the_options_after_the_dashes(replay, tmp_path
     assert trained(calls) == expected(rows, *options, "--resume")
 
 
+@pytest.mark.parametrize("words", [["--device", "cuda:1"], ["--device=cuda:1"]])
+def test_a_row_is_tested_on_the_device_that_it_is_trained_on(replay, tmp_path, words):
+    _, calls = replay("row4", "--", *words)
+    assert calls[1] == ["evaluate.py", str(tmp_path / "row4.pt"), "--once", *words]
+
+
 def test_overwrite_is_not_contradicted(replay):
     (options,) = trained(replay("row4", "--", "--overwrite")[1])
     assert options["overwrite"] and not options["resume"]

@@ -1,4 +1,5 @@
 import threading
+from http.client import BadStatusLine
 
 import numpy as np
 import pytest
@@ -66,6 +67,15 @@ def test_of_two_processes_that_miss_cifar10_the_second_waits_and_says_so(
     assert capsys.readouterr().err == (
         f"waiting for another process that puts CIFAR-10 into {tmp_path}\n"
     )
+
+
+def test_a_download_that_is_not_answered_in_http_is_a_line(tmp_path, monkeypatch):
+    def fail(*args, **options):
+        raise BadStatusLine("garbage") if "download" in options else RuntimeError("not found")
+
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "__init__", fail)
+    with pytest.raises(OSError, match="a download failed .garbage."):
+        data.load("cifar10", tmp_path)
 
 
 def test_cifar10_that_is_there_needs_no_lock(archive_alone, tmp_path):

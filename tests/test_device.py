@@ -178,6 +178,21 @@ def test_two_processes_give_the_losses_of_one(run, tmp_path):
     assert_close(read_history(tmp_path / "two" / "run.json"), run(*OPTIONS, *recipe))
 
 
+def test_in_bfloat16_too_a_process_may_have_none_of_the_last_batch(run, tmp_path):
+    options = "--precision bfloat16 --batch-size 4 --limit 21 --epochs 1".split()
+    result = execute(*train_with_two(tmp_path / "two", *options))
+    assert result.returncode == 0, result.stderr
+    history, alone = read_history(tmp_path / "two" / "run.json"), run(*OPTIONS, *options)
+    assert history["batch_losses"] == pytest.approx(alone["batch_losses"], rel=0.01)
+
+
+def test_wrong_data_are_a_line_of_several_processes_too(tmp_path):
+    result = execute(*train_with_two(tmp_path, "--holdout", "15"))
+    assert result.returncode != 0  # torchrun may end the others before they say the same
+    assert "train.py: error: --holdout 15: not a multiple" in result.stderr
+    assert "RuntimeError" not in result.stderr
+
+
 @pytest.fixture
 def running(tmp_path):
     """torchrun with two processes, after the first of 40 epochs; the run is in tmp_path / "two"."""

@@ -321,6 +321,18 @@ def test_an_export_replaces_nothing_and_is_of_one_checkpoint(checkpoint, refused
     assert "not 2" in refused(evaluate.main, [path, path, "--export", f"{path}2"], code=2)
 
 
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ("--export a.pt --tta", "--export writes weights: without"),
+        ("--export a.pt --image b.png", "--export writes weights: without"),
+        ("--image b.png --once", "--once is of tests: without --image"),
+    ],
+)
+def test_options_that_would_be_ignored_are_refused(refused, options, message):
+    assert message in refused(evaluate.main, ["run.pt", *options.split()], code=2)
+
+
 @needs_cifar10
 def test_the_published_weights_are_those_of_the_published_run():
     model = load_model(ROOT / "weights" / "best.pt")

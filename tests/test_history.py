@@ -69,11 +69,11 @@ def test_what_nobody_can_read_any_more_is_dropped(monkeypatch):
 
 
 def test_patterns_that_a_shell_left_are_expanded(tmp_path):
-    for name in ("b.json", "a.json", "c[1].json", "a.png"):
+    for name in ("b.json", "a.json", "c[1].json", "d1.json", "a.png"):
         (tmp_path / name).touch()
     too_long = tmp_path / ("a" * 300)  # for a question to its file system
-    named = [tmp_path / "gone.json", tmp_path / "c[1].json", too_long]
-    assert expand_patterns([tmp_path / "[ab].json", *named]) == [
+    named = [tmp_path / "gone.json", tmp_path / "c[1].json", tmp_path / "d[1].json", too_long]
+    assert expand_patterns([tmp_path / "?.json", *named]) == [
         tmp_path / "a.json",
         tmp_path / "b.json",
         *named,

@@ -206,7 +206,7 @@ def test_the_gates_of_some_blocks_are_drawn_alone(history, test, tmp_path, monke
     assert [axes.get_ylabel() for axes in gallery.draw_gates(*drawn.call_args.args).axes[::2]] == [
         "block2"
     ]
-    assert "--blocks 2 3: there are 1 to 2" in draw(path, "--blocks", "2", "3")
+    assert "--blocks 2 3: 2 blocks have gates" in draw(path, "--blocks", "2", "3")
 
 
 def test_the_similarity_of_a_blocks_kernels_stands_beside_its_name(test):
@@ -237,7 +237,7 @@ def test_networks_without_a_choice_have_no_picture_of_gates(history, test, tmp_p
     path = save(tmp_path, history | {"test": test | {"gates": []}})
     assert draw(*path) == 0
     assert pictures(tmp_path) == ["row4-test.png", "row4.png"]
-    assert "--blocks 1: there are 1 to 0" in draw(*path, "--blocks", "1")
+    assert "--blocks 1: 0 blocks have gates" in draw(*path, "--blocks", "1")
 
 
 def test_damaged_test_figures_are_named_and_the_rest_drawn(history, test, tmp_path):
@@ -333,6 +333,14 @@ def test_the_table_says_what_is_not_finished_and_prefers_test_figures(history):
     _, tested, unfinished = cells(history | {"test": {"accuracy": 44.0}}, running)
     assert tested[4] == "44.00 %"
     assert unfinished[4] == "45.00 % (unfinished, epoch 3 of 3)"
+
+
+def test_unfinished_seeds_are_compared_at_the_last_epoch_that_all_have(history):
+    running = changed(history, "row4", seed=0) | {"finished": False}
+    begun = changed(history, "row4-seed1", seed=1) | {"finished": False}
+    begun["epochs"] = begun["epochs"][:2]
+    (row4,) = cells(running, begun)[1:]
+    assert row4[4] == "30.00 % ± 0.00 (n = 2) (unfinished, epoch 2 of 3)"
 
 
 def test_unfinished_runs_are_named_and_left_out_beside_finished_ones(history, tmp_path, capsys):

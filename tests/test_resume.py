@@ -143,6 +143,15 @@ def test_a_finished_run_whose_history_is_lost_gets_it_back(run, tmp_path, capsys
     assert "run.json is written again" in capsys.readouterr().err
 
 
+def test_a_finished_run_takes_another_reported_figure_and_keeps_its_test(run, tmp_path, capsys):
+    run("--reported 40")
+    evaluate.main([str(tmp_path / "run.pt")])
+    tested = read_history(tmp_path / "run.json")
+    assert ended(run, "--resume --reported 50") == 0
+    assert read_history(tmp_path / "run.json") == tested | {"reported": [50]}
+    assert capsys.readouterr().err.splitlines()[-2].endswith("run.json is written again")
+
+
 def test_an_unfinished_run_can_be_tested(stop, tmp_path, capsys):
     stop(6)
     evaluate.main([str(tmp_path / "run.pt")])
