@@ -284,18 +284,14 @@ def is_finished(saved, args):
 def restore_history(saved, args):
     """Write the history of a finished run again if a kill kept it from saying that it is finished,
     if it is lost, or if other reported figures are given."""
-    path, history, note = args.out / f"{args.name}.json", json.loads(saved["history"]), ""
-    try:
+    path, before = args.out / f"{args.name}.json", {"finished": False}
+    with contextlib.suppress(OSError, ValueError):
         before = read_history(path)
-    except (OSError, ValueError):
-        before = {"finished": False}
-    if before["finished"]:
-        history = before
-    else:
-        note = ", without a test: evaluate.py adds it"
+    history = before if before["finished"] else json.loads(saved["history"])
     history = history | {"reported": args.reported or history["reported"]}
     if RANK == 0 and history != before:
         write_history(path, history)
+        note = "" if before["finished"] else ", without a test: evaluate.py adds it"
         print(f"train.py: {path} is written again{note}", file=sys.stderr)
 
 
