@@ -8,6 +8,7 @@ import math
 import re
 import statistics
 from collections import Counter
+from pathlib import Path
 from statistics import fmean, median
 
 import numpy as np
@@ -19,7 +20,7 @@ import train
 from data import load
 from history import read_history
 from model import build_model
-from plot import group, last_accuracies, name_row
+from plot import group, last_accuracies, name_row, read_runs, tabulate
 
 README = (ROOT / "README.md").read_text()
 
@@ -643,6 +644,19 @@ def test_row_4_takes_the_minutes_that_are_said():
     runs = read("results/rows/row4*.json") + read("results/again/row4.json")
     took = sorted(map(minutes, runs))
     assert f"its smallest row: {took[0]:.0f} to {took[-1]:.0f} minutes" in TEXT
+
+
+def test_the_committed_tables_are_those_of_the_commands_on_the_page(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    page, tables = (ROOT / "docs/provenance.md").read_text().replace("\\\n", ""), 0
+    for command in re.findall(r"^    python plot\.py (.*)$", page, re.M):
+        patterns, folder = command.split(" --")[0].split(), command.split("--out ")[1]
+        if (ROOT / folder / "results.md").exists():
+            paths = [path for pattern in patterns for path in sorted(Path().glob(pattern))]
+            runs, *_ = read_runs(paths)
+            assert tabulate(group(runs)) == (ROOT / folder / "results.md").read_text()
+            tables += 1
+    assert tables == len(list(ROOT.glob("docs/*/results.md"))) == 3
 
 
 LINKS = [

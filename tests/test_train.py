@@ -252,7 +252,8 @@ def test_a_compiled_network_has_the_losses_of_the_others(run, monkeypatch):
     "parse, options",
     [
         (parse_args, "--out=~/x --data-dir=~/x"),
-        (evaluate.parse_args, "~/x --data-dir=~/x --image=~/x --export=~/x"),
+        (evaluate.parse_args, "~/x --data-dir=~/x --image=~/x --out=~/x"),
+        (evaluate.parse_args, "~/x --export=~/x"),
         (plot.parse_args, "~/x --out=~/x"),
         (bench.parse_args, "--json=~/x"),
     ],
