@@ -22,7 +22,7 @@ try:
 except ImportError:  # Windows: there, two runs of one name are not kept apart
     fcntl = None
 
-METRICS = "lr train_loss train_accuracy val_loss val_accuracy seconds images_per_second".split()
+METRICS = "train_loss train_accuracy val_loss val_accuracy seconds lr images_per_second".split()
 # Options that do not change what a run computes: they may differ when it is resumed.
 NOT_HYPERPARAMETERS = set("data_dir name out device mix compile resume overwrite reported".split())
 # Options that some histories do not know, since they came later, or train.py no longer knows, and

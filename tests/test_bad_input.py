@@ -240,7 +240,7 @@ NOT_OURS = "is not a history that train.py wrote"
         (b"\xff\xfe\x00", NOT_OURS),
         (b'{"name": NaN}', "NaN"),
         (b"[1, 2]", NOT_OURS),
-        (HEAD + b'"epochs": [{}], "batch_losses": []}', "KeyError: 'lr'"),
+        (HEAD + b'"epochs": [{}], "batch_losses": []}', "train_loss"),
         (HEAD + b'"epochs": {}, "batch_losses": []}', NOT_OURS),
         (HEAD + b'"epochs": [], "batch_losses": ["a"]}', NOT_OURS),
         (HEAD + b'"epochs": [], "batch_losses": [1e999]}', "a number is infinite"),

@@ -8,7 +8,6 @@ import math
 import re
 import statistics
 from collections import Counter
-from pathlib import Path
 from statistics import fmean, median
 
 import numpy as np
@@ -16,11 +15,12 @@ import pytest
 import torch
 from conftest import ROOT, needs_cifar10
 
+import plot
 import train
 from data import load
 from history import read_history
 from model import build_model
-from plot import group, last_accuracies, name_row, read_runs, tabulate
+from plot import group, last_accuracies, name_row
 
 README = (ROOT / "README.md").read_text()
 
@@ -253,9 +253,7 @@ def test_gates_whose_biases_learn_too_fast_close():
 def test_the_histories_of_changed_scripts_are_counted():
     texts = [path.read_text() for path in ROOT.glob("results/**/*.json")]
     changed = sum('-dirty"' in text for text in texts if '"batch_losses"' in text)
-    assert (
-        f"not committed: {changed} histories have it" in (ROOT / "docs/provenance.md").read_text()
-    )
+    assert f"not committed: {changed} histories have it" in unwrap("docs/provenance.md")
 
 
 def epochs_at_a_quarter(row):
@@ -302,9 +300,6 @@ def claims_of_the_report():
     return [claim for claim in claims if re.search("(confirm|contradict|undecid)ed", claim[2])]
 
 
-ROW_2_FC3 = "row2-fc3 at epoch 15 − row2 at epoch 15"
-
-
 def test_the_claims_of_the_report_are_held_against_the_results():
     claims = [claim for claim in claims_of_the_report() if " − " in claim[0]]
     assert len(claims) > 5
@@ -321,7 +316,8 @@ def test_the_claims_of_the_report_are_held_against_the_results():
         p = compare_by_welch(*pair)
         verdict_of_p = decided if p < 0.05 and mean > 0 else "undecided"
         assert verdict == f"{verdict_of_p}, {as_probability(p)} |"
-    first, second = map(accuracies_at_a_quarter, ROW_2_FC3.split(" − "))
+    names = "row2-fc3 at epoch 15", "row2 at epoch 15"
+    first, second = map(accuracies_at_a_quarter, names)
     p = as_probability(compare_by_welch(first[:3], second[:3]))
     assert len(first) == len(second) == 5
     assert f"three seeds left it undecided ({p}), so both got two more" in TEXT
@@ -650,11 +646,10 @@ def test_the_committed_tables_are_those_of_the_commands_on_the_page(monkeypatch)
     monkeypatch.chdir(ROOT)
     page, tables = (ROOT / "docs/provenance.md").read_text().replace("\\\n", ""), 0
     for command in re.findall(r"^    python plot\.py (.*)$", page, re.M):
-        patterns, folder = command.split(" --")[0].split(), command.split("--out ")[1]
-        if (ROOT / folder / "results.md").exists():
-            paths = [path for pattern in patterns for path in sorted(Path().glob(pattern))]
-            runs, *_ = read_runs(paths)
-            assert tabulate(group(runs)) == (ROOT / folder / "results.md").read_text()
+        args = plot.parse_args(command.split())
+        if (args.out / "results.md").exists():
+            runs, *_ = plot.read_runs(args.histories)
+            assert plot.tabulate(group(runs)) == (args.out / "results.md").read_text()
             tables += 1
     assert tables == len(list(ROOT.glob("docs/*/results.md"))) == 3
 
